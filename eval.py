@@ -1,0 +1,375 @@
+"""Evaluates a trained Fast-SCNN, or segments pictures with it.
+
+    python eval.py --weights runs/checkpoints/best_model.pth                      # Cityscapes val at full resolution
+    python eval.py --weights W --dataset camvid --data datasets/camvid --sheet sheet.png
+    python eval.py --weights W --predict PHOTOS --out DIR                         # coloured overlays
+    python eval.py --benchmark --size 1024 2048                                   # speed, no weights needed
+    torchrun --nproc_per_node=8 eval.py --weights W                               # shares the images out
+
+A table for people, then one JSON object as the last line on stdout. Exit status: 0, 2 for what the user can mend, 1 for faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+from data import IGNORE, IMAGE_SUFFIXES, MEAN, STD, Classes, DataError, SegmentationDataset, open_dataset, read_image
+from model import MIN_SIZE, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint
+from ops_ext import accelerate, confusion_matrix
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+
+
+class UsageError(ValueError):
+    """Arguments that do not go together or do not fit this machine; the message says which and what to change."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse that reports a wrong command line in one line."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message}; --help lists all flags")
+
+
+def exit_status(program: str, main: Callable[[], None]) -> int:
+    """Runs `main`. What the user can mend becomes one line on stderr and status 2; faults keep their traceback."""
+    try:
+        main()
+        return 0
+    except (UsageError, DataError, CheckpointError, OSError) as error:
+        # An error that crossed from a loader's worker carries that process' traceback, its own text in the last line.
+        line = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        rank = f" [process {os.environ['RANK']}]" if os.environ.get("RANK", "0") != "0" else ""
+        print(f"{program}{rank}: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+
+
+# --------------------------------------------------------------------------------------------------- devices and processes
+
+
+def start_processes(device_name: str | None) -> tuple[torch.device, int, int]:
+    """(device, rank, world size) of this process; under torchrun it joins the others.
+
+    Args:
+        device_name: "cpu", "cuda", "cuda:1", ...; None takes the machine's accelerator, or else the CPU.
+
+    Raises:
+        UsageError: there is no such device, or too few for the processes.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if device_name is not None:
+        try:
+            wanted = torch.device(device_name)
+        except RuntimeError:
+            raise UsageError(f"--device {device_name} is no device; give cpu, cuda, or cuda:0") from None
+        if wanted.type not in ("cpu", device.type):
+            raise UsageError(f"--device {device_name} is not available here; this machine has {device.type}")
+        device = wanted
+    if device.type != "cpu":
+        index = local_rank if device.index is None else device.index
+        if index >= torch.accelerator.device_count():
+            raise UsageError(
+                f"{device.type}:{index} does not exist; this machine has {torch.accelerator.device_count()} devices"
+            )
+        device = torch.device(device.type, index)
+        torch.accelerator.set_device_index(index)
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    dist.init_process_group(dist.get_default_backend_for_device(device), device_id=device if device.type != "cpu" else None)
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def stop_processes() -> None:
+    """Leaves the group that `start_processes` joined, if it did."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------- metrics
+
+
+def evaluate(
+    segment: Callable[[Tensor], Tensor],
+    dataset: SegmentationDataset,
+    *,
+    device: torch.device,
+    workers: int = 2,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = True,
+    sheet: ContactSheet | None = None,
+) -> Tensor:
+    """Confusion matrix of a whole split at full resolution, every image counted exactly once by one of the processes.
+
+    Args:
+        segment: from (1, H, W, 3) uint8 RGB to (1, H, W) uint8 labels, as `ops_ext.accelerate` makes it.
+        dataset: the split; images may differ in size.
+        device: where the confusion matrix is accumulated.
+        workers: processes that decode images, per process.
+        sheet: gathers the first pictures of rank 0.
+
+    Returns:
+        (num_classes, num_classes) int64 on the CPU, rows are the truth; the same in every process.
+    """
+    num_classes = len(dataset.classes.names)
+    indices = range(rank, len(dataset), world_size)
+    # No padding to an even share: unlike torch's DistributedSampler no image is counted twice.
+    loader = torch.utils.data.DataLoader(dataset, batch_size=1, sampler=indices, num_workers=min(workers, len(indices)))
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    for image, label in tqdm(loader, "evaluation", unit="image", leave=False, disable=None if progress and rank == 0 else True):
+        prediction = segment(image)
+        confusion += confusion_matrix(prediction, label.to(device), num_classes, IGNORE)
+        if sheet is not None:
+            sheet.add(image[0], label[0], prediction[0])
+    if world_size > 1:
+        dist.all_reduce(confusion)
+    return confusion.cpu()
+
+
+def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
+    """TP / (TP + FP + FN) of each class; NaN for one that occurs neither in truth nor in prediction."""
+    true_positive = np.diag(confusion).astype(float)
+    union = confusion.sum(0) + confusion.sum(1) - np.diag(confusion)
+    return np.divide(true_positive, union, out=np.full(len(confusion), np.nan), where=union > 0)
+
+
+def metrics(confusion: Tensor, classes: Classes) -> dict:
+    """The benchmark's figures from a confusion matrix, in [0, 1]; null for what does not occur, which no mean counts.
+
+    Returns:
+        miou, pixel_accuracy, class_iou {name: IoU}, category_miou, category_iou {name: IoU}.
+    """
+    matrix = confusion.numpy()
+    total = int(matrix.sum())
+    class_iou = intersection_over_union(matrix)
+    names = list(dict.fromkeys(classes.categories))
+    # Classes of one category are merged first: a car taken for a bus is a vehicle found.
+    member = np.array([[category == name for category in classes.categories] for name in names], dtype=np.int64)
+    category_iou = intersection_over_union(member @ matrix @ member.T) if names else np.empty(0)
+    return {
+        "miou": _mean(class_iou),
+        "pixel_accuracy": int(np.trace(matrix)) / total if total else None,
+        "class_iou": {name: _number(v) for name, v in zip(classes.names, class_iou)},
+        "category_miou": _mean(category_iou),
+        "category_iou": {name: _number(v) for name, v in zip(names, category_iou)},
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    present = values[~np.isnan(values)]
+    return float(present.mean()) if len(present) else None
+
+
+def format_table(result: dict) -> str:
+    """The metrics as a text table, in per cent."""
+
+    def rows(title: str, values: dict, mean: float | None) -> list[str]:
+        body = [f"  {name:<16} {_percent(value)}" for name, value in values.items()]
+        return [title, *body, f"  {'mean':<16} {_percent(mean)}"] if values else []
+
+    lines = rows("IoU per class, %", result["class_iou"], result["miou"])
+    lines += rows("IoU per category, %", result["category_iou"], result["category_miou"])
+    return "\n".join([*lines, f"pixel accuracy, %  {_percent(result['pixel_accuracy'])}"])
+
+
+def _percent(value: float | None) -> str:
+    return "     -" if value is None else f"{100 * value:6.2f}"
+
+
+# --------------------------------------------------------------------------------------------------------------- pictures
+
+
+def colour_map(label: np.ndarray, classes: Classes) -> Image.Image:
+    """(H, W) uint8 train ids -> RGB picture in the classes' colours; what is ignored is black."""
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(classes.colours)] = classes.colours
+    return Image.fromarray(palette[label])
+
+
+def overlay(image: Image.Image, label: np.ndarray, classes: Classes, strength: float = 0.55) -> Image.Image:
+    """The image with its label map in colours laid over it."""
+    return Image.blend(image, colour_map(label, classes), strength)
+
+
+class ContactSheet:
+    """Rows of image | truth | prediction in one picture, with a caption above."""
+
+    def __init__(self, classes: Classes, rows: int, width: int = 384):
+        self.classes, self.rows, self.width = classes, rows, width
+        self.tiles: list[Tensor] = []
+
+    def add(self, image: Tensor, truth: Tensor, prediction: Tensor) -> None:
+        """(H, W, 3) uint8 RGB and two (H, W) uint8 label maps; ignored once the sheet is full."""
+        if len(self.tiles) >= 3 * self.rows:
+            return
+        pictures = [Image.fromarray(image.numpy())] + [colour_map(m.cpu().numpy(), self.classes) for m in (truth, prediction)]
+        height = round(self.width * image.shape[0] / image.shape[1])
+        for picture, how in zip(pictures, (Image.Resampling.BILINEAR, Image.Resampling.NEAREST, Image.Resampling.NEAREST)):
+            tile = torch.from_numpy(np.array(picture.resize((self.width, height), how)))
+            self.tiles.append(tile.permute(2, 0, 1))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the picture; the folder is made if need be."""
+        height = max(tile.shape[1] for tile in self.tiles)
+        tiles = [torch.nn.functional.pad(tile, (0, 0, 0, height - tile.shape[1])) for tile in self.tiles]
+        grid = torchvision.utils.make_grid(tiles, nrow=3, padding=4, pad_value=255)
+        sheet = Image.new("RGB", (grid.shape[2], grid.shape[1] + 16), "white")
+        sheet.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (0, 16))
+        draw = ImageDraw.Draw(sheet)
+        for column, caption in enumerate(("image", "truth", "prediction")):
+            draw.text((8 + column * (self.width + 4), 3), caption, "black")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- the modes
+
+
+def run_evaluation(args: argparse.Namespace) -> dict:
+    """Evaluates --weights on a labelled split."""
+    checkpoint = read_checkpoint(args.weights)
+    dataset = open_dataset(args.dataset, args.data, args.split)
+    model = build_from_checkpoint(checkpoint, args.weights, num_classes=len(dataset.classes.names))
+    device, rank, world_size = start_processes(args.device)
+    segment = accelerate(model, device=device, autocast=AMP_DTYPES[args.amp], mean=MEAN, std=STD)
+    sheet = ContactSheet(dataset.classes, args.sheet_rows) if args.sheet and rank == 0 else None
+    confusion = evaluate(segment, dataset, device=device, workers=args.workers, rank=rank, world_size=world_size, sheet=sheet)
+    result = metrics(confusion, dataset.classes)
+    if rank == 0:
+        print(format_table(result))
+        if sheet is not None:
+            sheet.save(args.sheet)
+            print(f"wrote {args.sheet}")
+    return {"dataset": args.dataset, "split": args.split, "images": len(dataset), **result}
+
+
+def run_prediction(args: argparse.Namespace) -> dict:
+    """Segments the picture or folder --predict, and writes coloured overlays to --out."""
+    source = Path(args.predict)
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such picture or folder; give one to --predict")
+    if source.is_dir():
+        pictures = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    else:
+        pictures = [source]
+    if not pictures:
+        raise DataError(f"{source}: no pictures in this folder; supported are {' '.join(IMAGE_SUFFIXES)}")
+    checkpoint = read_checkpoint(args.weights)
+    model = build_from_checkpoint(checkpoint, args.weights)
+    if "classes" not in checkpoint:
+        raise CheckpointError(f"{args.weights}: holds no classes, so no colours; take a checkpoint that train.py wrote")
+    classes = Classes.from_dict(checkpoint["classes"])
+    device, rank, world_size = start_processes(args.device)
+    segment = accelerate(model, device=device, autocast=AMP_DTYPES[args.amp], mean=MEAN, std=STD)
+    out = Path(args.out)
+    for path in tqdm(pictures[rank::world_size], "prediction", unit="image", leave=False, disable=None if rank == 0 else True):
+        image = read_image(path)
+        if min(image.size) < MIN_SIZE:
+            raise DataError(f"{path}: {image.width}x{image.height} pixels, expected at least {MIN_SIZE}x{MIN_SIZE}; enlarge it")
+        label = segment(torch.from_numpy(np.array(image))[None])[0].cpu().numpy()  # (H, W)
+        # Below DIR as it lies below the folder, suffix kept, so that a.jpg and a.png stay apart.
+        relative = path.relative_to(source) if source.is_dir() else Path(path.name)
+        target = out / relative.parent / f"{relative.name}_overlay.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        overlay(image, label, classes).save(target)
+    if world_size > 1:
+        dist.barrier()
+    if rank == 0:
+        print(f"wrote {len(pictures)} overlays to {out}")
+    return {"images": len(pictures), "out": str(out)}
+
+
+def run_benchmark(args: argparse.Namespace) -> dict:
+    """Latency from an RGB uint8 image in memory to a uint8 label map in memory, warm-up apart."""
+    if min(args.size) < MIN_SIZE or args.batch_size < 1:
+        raise UsageError(f"--size must be at least {MIN_SIZE} {MIN_SIZE} pixels and --batch-size at least 1")
+    model = build_from_checkpoint(read_checkpoint(args.weights), args.weights) if args.weights else FastSCNN()
+    device, _, _ = start_processes(args.device)
+    segment = accelerate(model, device=device, autocast=AMP_DTYPES[args.amp], mean=MEAN, std=STD)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (args.batch_size, *args.size, 3), np.uint8))
+    times = []
+    for _ in range(args.warmup + args.repeats):
+        start = time.perf_counter()
+        segment(images).cpu()  # the copy back waits for the device
+        times.append(1000 * (time.perf_counter() - start))
+    times = sorted(times[args.warmup :])
+    latency_ms = {"median": statistics.median(times), "p95": times[int(0.95 * (len(times) - 1))], "min": times[0]}
+    result = {
+        "device": device.type if device.type == "cpu" else torch.get_device_module(device).get_device_name(device),
+        "precision": "fp32" if args.amp == "off" else args.amp,
+        "size": list(args.size),
+        "batch_size": args.batch_size,
+        "latency_ms": {name: round(value, 3) for name, value in latency_ms.items()},
+        "fps": round(1000 * args.batch_size / latency_ms["median"], 3),
+        "params": sum(p.numel() for p in model.parameters()),
+    }
+    print(f"{args.size[0]}x{args.size[1]}, batch {args.batch_size}: {latency_ms['median']:.1f} ms, {result['fps']:.1f} fps")
+    return result
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of eval.py."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", metavar="FILE", help="checkpoint of train.py, numbered or best_model.pth")
+    parser.add_argument("--dataset", default="cityscapes", help="cityscapes, camvid or folder (default: %(default)s)")
+    parser.add_argument("--data", metavar="ROOT", help="the dataset's folder (default: datasets/NAME)")
+    parser.add_argument("--split", default="val", help="split to evaluate, or several joined by + (default: %(default)s)")
+    parser.add_argument("--sheet", metavar="FILE", help="also write a contact sheet: image | truth | prediction")
+    parser.add_argument("--sheet-rows", type=int, default=6, metavar="N", help="images on the sheet (default: %(default)s)")
+    parser.add_argument("--predict", metavar="PATH", help="segment this picture, or all below this folder, instead")
+    parser.add_argument(
+        "--out", default="runs/predictions", metavar="DIR", help="where --predict writes (default: %(default)s)"
+    )
+    parser.add_argument("--benchmark", action="store_true", help="measure the latency instead; needs no weights")
+    parser.add_argument("--size", type=int, nargs=2, default=(1024, 2048), metavar=("H", "W"), help="pixels, for --benchmark")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at once, for --benchmark")
+    parser.add_argument(
+        "--repeats", type=int, default=20, metavar="N", help="timed runs, for --benchmark (default: %(default)s)"
+    )
+    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="untimed runs before (default: %(default)s)")
+    parser.add_argument("--amp", choices=AMP_DTYPES, default="off", help="mixed precision of the network (default: float32)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the machine's accelerator, or else the CPU)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="decoding processes (default: %(default)s)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the mode that the command line asks for."""
+    args = get_args_parser().parse_args(argv)
+    args.data = args.data or f"datasets/{args.dataset}"
+    if not args.weights and not args.benchmark:
+        raise UsageError("--weights FILE is missing; train.py writes runs/checkpoints/best_model.pth")
+    mode = run_benchmark if args.benchmark else run_prediction if args.predict else run_evaluation
+    try:
+        result = mode(args)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(json.dumps(result), flush=True)
+    finally:
+        stop_processes()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status("eval.py", main))

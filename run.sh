@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# bash run.sh                   set-up, then train on the default data, evaluate, write pictures
+# bash run.sh test [flags]      set-up, then the test suite (flags of pytest)
+# bash run.sh train [flags]     set-up, then train.py on all devices of this machine; NPROC=n for n processes
+# bash run.sh eval [flags]      set-up, then eval.py
+# bash run.sh bench [flags]     set-up, then eval.py --benchmark
+#
+# Set-up takes the active Python environment where it has what requirements.txt asks for, else it makes and fills .venv.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# Without --no-index this would reach for the network; with it, it fails where something is missing.
+satisfies() {
+  "$1" -m pip install --quiet --dry-run --no-index --requirement "$2" >/dev/null 2>&1 \
+    && "$1" -c 'import torch, torchvision' >/dev/null 2>&1
+}
+
+set_up() { # requirements file; leaves the interpreter in $python
+  python=$(command -v python3 || command -v python || true)
+  if [ -z "$python" ]; then
+    echo "run.sh: no python3 on PATH; install Python 3.10 or newer" >&2
+    exit 2
+  fi
+  if satisfies "$python" "$1"; then return; fi
+  if [ ! -x .venv/bin/python ]; then
+    echo "run.sh: making .venv with $("$python" --version)"
+    if ! "$python" -m venv .venv; then
+      echo "run.sh: could not make .venv; on Debian and Ubuntu install python3-venv" >&2
+      exit 2
+    fi
+  fi
+  python=.venv/bin/python
+  local stamp=.venv/installed-$(cat requirements.txt "$1" | cksum | tr ' ' '-')
+  if [ -e "$stamp" ]; then return; fi
+  echo "run.sh: installing $1 into .venv (torch is large: about two minutes on a fast network)"
+  if ! "$python" -m pip install --quiet --disable-pip-version-check --requirement "$1"; then
+    echo "run.sh: pip could not install $1 into .venv; see its message above, then run this again" >&2
+    exit 2
+  fi
+  touch "$stamp"
+}
+
+train() { # flags of train.py; one process for each device
+  local count=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.accelerator.device_count()))')}
+  if [ "$count" = 1 ]; then
+    "$python" train.py "$@"
+  else
+    "$python" -m torch.distributed.run --standalone --nproc_per_node="$count" train.py "$@"
+  fi
+}
+
+main_job() {
+  local data=datasets/cityscapes
+  local flags=()
+  if [ ! -d "$data" ]; then
+    data=datasets/streets
+    echo "run.sh: no datasets/cityscapes here: taking drawn street scenes"
+    [ -d "$data" ] || "$python" tests/streets.py "$data"
+    flags=(--epochs 20 --batch-size 8 --base-lr 0.09 --crop-size 256 512 --scale-range 0.75 1.75 --val-every 5)
+  fi
+  train --data "$data" --resume auto "${flags[@]}"
+  "$python" eval.py --weights runs/checkpoints/best_model.pth --data "$data" --sheet runs/sheet.png
+  cat <<TEXT
+
+written: runs/checkpoints/best_model.pth  the best network by validation mIoU
+         runs/logs/train.log              what you have just read; metrics.jsonl beside it for programs
+         runs/sheet.png                   image | truth | prediction
+next:    bash run.sh eval --weights runs/checkpoints/best_model.pth --data $data
+         bash run.sh eval --weights runs/checkpoints/best_model.pth --predict FOLDER_OF_IMAGES --out runs/predictions
+         bash run.sh train --data datasets/cityscapes   (README.md says how to get the data)
+TEXT
+}
+
+command=${1:-main}
+[ $# -eq 0 ] || shift
+case $command in
+  main) set_up requirements.txt; main_job ;;
+  test) set_up tests/requirements.txt; "$python" -m pytest tests "$@" ;;
+  train) set_up requirements.txt; train "$@" ;;
+  eval) set_up requirements.txt; "$python" eval.py "$@" ;;
+  bench) set_up requirements.txt; "$python" eval.py --benchmark "$@" ;;
+  *) sed -n '2,6s/^# //p' "$0" >&2; echo "run.sh: no command '$command'" >&2; exit 2 ;;
+esac
