@@ -94,7 +94,7 @@ def pooling_matrix(size: int, bins: tuple[int, ...], like: Tensor) -> Tensor:
     start = row * size // count
     end = -(-(row + 1) * size // count)  # ceil
     member = (position >= start[:, None]) & (position < end[:, None])
-    return (member / (end - start)[:, None]).to(like.dtype)
+    return member.to(like.dtype) / (end - start)[:, None]
 
 
 class PyramidPooling(nn.Module):
@@ -178,8 +178,16 @@ class FeatureFusion(nn.Module):
         self.detail = ConvBN(detail_channels, out_channels, relu=False)
 
     def forward(self, detail: Tensor, context: Tensor) -> Tensor:
-        context = self.context(self.depthwise(resize(context, detail)))
+        context = self.context(self._spread(resize(context, detail)))
         return F.relu(self.detail(detail) + context)
+
+    def _spread(self, context: Tensor) -> Tensor:
+        if context.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled():
+            # oneDNN's bfloat16 gradient of a dilated depthwise kernel is wrong, at times NaN (seen in its 3.13 on AVX-512),
+            # and slower than the float32 one.
+            with torch.autocast("cpu", enabled=False):
+                return self.depthwise(context.float())
+        return self.depthwise(context)
 
 
 class Classifier(nn.Module):

@@ -1,0 +1,73 @@
+"""Fixtures of the test suite: the project on the import path, small drawn data, and the real data where it lies."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import streets  # noqa: E402
+
+
+def shared_data(name: str) -> Path:
+    """A folder of real data; the test is skipped where it is absent."""
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"real data: {SHARED / name} is not on this machine")
+    return SHARED / name
+
+
+@pytest.fixture
+def camvid() -> Path:
+    return shared_data("camvid")
+
+
+@pytest.fixture
+def cityscapes_sample() -> Path:
+    return shared_data("cityscapes_sample")
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory) -> Path:
+    """Twelve drawn scenes to train on and five to validate on, 96x192 pixels, as Cityscapes."""
+    root = tmp_path_factory.mktemp("drawn") / "streets"
+    streets.write_dataset(root, {"train": 12, "val": 5}, 96, 192, seed=0, processes=2)
+    return root
+
+
+@pytest.fixture
+def folder_dataset(tmp_path) -> Path:
+    """Four images of 48x64 in three classes, left | middle | right, in the layout of one's own data."""
+    root = tmp_path / "own"
+    label = np.repeat(np.arange(3, dtype=np.uint8), [20, 20, 24])[None].repeat(48, 0)
+    for split in ("train", "val"):
+        for i in range(2):
+            image = np.stack([label * 100, 255 - label * 100, np.full_like(label, 40 * i)], -1)
+            for kind, array in (("images", image), ("labels", label)):
+                path = root / kind / split / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(path)
+    (root / "classes.json").write_text(json.dumps({"names": ["left", "middle", "right"]}))
+    return root
+
+
+def run_script(script: str, *args, processes: int = 1, timeout: int = 300) -> subprocess.CompletedProcess:
+    """A script of the project in a process of its own, or in several under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # the same sums in the same order, however many processes
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
+
+
+def last_json(output: str) -> dict:
+    """The JSON object on the last line of a program's output."""
+    return json.loads(output.strip().splitlines()[-1])

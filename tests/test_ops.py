@@ -1,0 +1,160 @@
+"""The ops equal their definition, count exactly, and say what is wrong with their input."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ops_ext
+from model import FastSCNN
+from ops_ext import accelerate, confusion_matrix, upsample_argmax, upsample_cross_entropy
+
+
+def test_every_op_names_its_implementation():
+    assert set(ops_ext.implementations()) == {"upsample_argmax", "upsample_cross_entropy", "confusion_matrix"}
+    assert set(ops_ext.implementations().values()) <= {"cpu", "cuda", "reference"}
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (40, 56), (41, 53)])
+def test_upsample_argmax_is_interpolate_then_argmax(size, align_corners):
+    logits = torch.randn(2, 6, 5, 7)
+    expected = F.interpolate(logits, size, mode="bilinear", align_corners=align_corners).argmax(1)
+    label = upsample_argmax(logits, size, align_corners)
+    assert label.dtype == torch.uint8
+    assert torch.equal(label.long(), expected)
+
+
+def test_upsample_argmax_takes_any_strides():
+    logits = torch.randn(2, 12, 10, 6)
+    expected = upsample_argmax(logits[:, ::2, :, 1:].contiguous(), (30, 20))
+    assert torch.equal(upsample_argmax(logits[:, ::2, :, 1:], (30, 20)), expected)
+    assert torch.equal(upsample_argmax(logits[:, ::2, :, 1:].to(memory_format=torch.channels_last), (30, 20)), expected)
+
+
+def cross_entropy_by_definition(scores, target, weight, smoothing, ignore):
+    """Losses and weights per pixel, in Python's own floats."""
+    losses, weights = [], []
+    count = scores.shape[1]
+    for pixel, truth in zip(scores.permute(0, 2, 3, 1).reshape(-1, count).tolist(), target.flatten().tolist()):
+        if truth == ignore:
+            losses.append(0.0), weights.append(0.0)
+            continue
+        total = math.log(sum(math.exp(s) for s in pixel))
+        log_p = [s - total for s in pixel]
+        wanted = [smoothing / count + (1 - smoothing) * (k == truth) for k in range(count)]
+        losses.append(-sum(weight[k] * wanted[k] * log_p[k] for k in range(count)))
+        weights.append(weight[truth])
+    return losses, weights
+
+
+@pytest.mark.parametrize("weight", [None, [0.5, 2.0, 1.0]])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_upsample_cross_entropy_is_its_definition(weight, smoothing, dtype):
+    torch.manual_seed(1)
+    logits = torch.randn(2, 3, 3, 4, dtype=torch.float64)
+    target = torch.randint(0, 3, (2, 9, 11)).to(dtype)
+    target[0, :3] = 255
+    scores = F.interpolate(logits, (9, 11), mode="bilinear", align_corners=False)
+    losses, weights = cross_entropy_by_definition(scores, target, weight or [1.0] * 3, smoothing, 255)
+    options = {"weight": weight and torch.tensor(weight, dtype=torch.float64), "label_smoothing": smoothing}
+    each = upsample_cross_entropy(logits, target, reduction="none", **options)
+    torch.testing.assert_close(each, torch.tensor(losses, dtype=torch.float64).view(2, 9, 11))
+    total = upsample_cross_entropy(logits, target, reduction="sum", **options)
+    assert total.item() == pytest.approx(sum(losses))
+    mean = upsample_cross_entropy(logits, target, **options)
+    assert mean.item() == pytest.approx(sum(losses) / sum(weights))
+
+
+def test_upsample_cross_entropy_gradients():
+    logits = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 3, (2, 7, 9))
+    target[:, 2] = 255
+    assert torch.autograd.gradcheck(lambda x: upsample_cross_entropy(x, target, label_smoothing=0.1), logits)
+
+
+def test_all_ignored_is_zero_with_zero_gradients():
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    loss = upsample_cross_entropy(logits, torch.full((1, 8, 8), 255))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_give_a_float32_loss(dtype):
+    logits = torch.randn(1, 3, 4, 4).to(dtype).requires_grad_()
+    target = torch.randint(0, 3, (1, 8, 8))
+    loss = upsample_cross_entropy(logits, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, upsample_cross_entropy(logits.float(), target))
+    loss.backward()
+    assert logits.grad.dtype == dtype
+
+
+def test_confusion_matrix_counts_by_hand():
+    target = torch.tensor([[0, 0, 1], [2, 2, 255]], dtype=torch.uint8)
+    prediction = torch.tensor([[0, 1, 1], [2, 0, 77]], dtype=torch.uint8)  # 77 stands where the truth is ignored
+    expected = [[1, 1, 0], [0, 1, 0], [1, 0, 1]]
+    assert confusion_matrix(prediction, target, 3).tolist() == expected
+    assert confusion_matrix(prediction.long(), target.long(), 3).tolist() == expected
+    assert confusion_matrix(prediction, target, 3).dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "prediction, target, message",
+    [
+        ([0, 3], [0, 1], "prediction holds 3, expected labels from 0 to 2"),
+        ([0, 1], [0, 7], "target holds 7, expected labels from 0 to 2"),
+        ([0, -1], [0, 1], "prediction holds -1"),
+        ([0, 255], [0, 1], "prediction holds 255"),
+    ],
+)
+def test_labels_outside_the_range_are_an_error(prediction, target, message):
+    with pytest.raises(ValueError, match=message):
+        confusion_matrix(torch.tensor(prediction), torch.tensor(target), 3)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x, t: upsample_argmax(x[0], (8, 8)), r"logits are torch.float32 \(3, 4, 4\)"),
+        (lambda x, t: upsample_argmax(x.long(), (8, 8)), "logits are torch.int64"),
+        (lambda x, t: upsample_argmax(x[:0], (8, 8)), "not empty"),
+        (lambda x, t: upsample_argmax(torch.zeros(1, 257, 2, 2), (8, 8)), "257 classes, expected at most 256"),
+        (lambda x, t: upsample_argmax(x, (0, 8)), r"size is \(0, 8\)"),
+        (lambda x, t: upsample_cross_entropy(x, t[0]), r"target has shape \(8, 8\)"),
+        (lambda x, t: upsample_cross_entropy(x, t[:1]), r"target has shape \(1, 8, 8\), expected \(2, H, W\)"),
+        (lambda x, t: upsample_cross_entropy(x, t.float()), "target is torch.float32, expected uint8 or int64"),
+        (lambda x, t: upsample_cross_entropy(x, t, weight=torch.ones(4)), r"weight has shape \(4,\), expected \(3,\)"),
+        (lambda x, t: upsample_cross_entropy(x, t, reduction="max"), "reduction is 'max'"),
+        (lambda x, t: confusion_matrix(t, t[:1], 3), "prediction has shape"),
+        (lambda x, t: confusion_matrix(t.int(), t, 3), "prediction is torch.int32"),
+    ],
+)
+def test_wrong_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.zeros(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.int64))
+
+
+def test_accelerate_gives_the_networks_labels_and_leaves_it_untouched():
+    torch.manual_seed(0)
+    model = FastSCNN(6).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    image = np.random.default_rng(0).integers(0, 256, (2, 50, 70, 3), np.uint8)
+    labels = accelerate(model)(torch.from_numpy(image))
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    x = torch.from_numpy(((image / 255 - mean) / std).astype(np.float32)).permute(0, 3, 1, 2)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    expected = model.eval()(x).argmax(1)
+    assert labels.shape == (2, 50, 70) and labels.dtype == torch.uint8
+    assert (labels == expected).float().mean() > 0.999  # rounding decides between scores that are all but equal
+
+
+def test_accelerate_refuses_what_is_no_image_batch():
+    with pytest.raises(ValueError, match=r"torch.float32 \(1, 3, 64, 64\), expected uint8 \(N, H, W, 3\)"):
+        accelerate(FastSCNN(3))(torch.zeros(1, 3, 64, 64))
