@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -31,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data import IGNORE, MEAN, STD, Augmentation, Classes, TrainBatches, normalise, open_dataset
+from data import IGNORE, MEAN, STD, Augmentation, Classes, SegmentationDataset, TrainBatches, normalise, open_dataset
 from eval import AMP_DTYPES, OneLineParser, UsageError, evaluate, exit_status, metrics, start_processes, stop_processes
 from model import VARIANTS, CheckpointError, FastSCNN, read_checkpoint
 from ops_ext import accelerate, implementations, upsample_cross_entropy
@@ -45,112 +46,54 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of train.py."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = argparse.BooleanOptionalAction
+    # fmt: off
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default="cityscapes", help="cityscapes, camvid or folder (default: %(default)s)")
+    add("--data", metavar="ROOT", help="the dataset's folder (default: datasets/NAME)")
+    add("--split", default="train", help="split to train on, or several joined by + (default: %(default)s)")
+    add("--val-split", default="val", help="split to validate on (default: %(default)s)")
+    add("--crop-size", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"),
+        help="training crop in pixels; larger is slower and, given time, better (default: 512 1024)")
+    add("--scale-range", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"),
+        help="random resize factor before the crop; narrow it for short runs (default: 0.5 2)")
+    add("--augment", action=switch, default=True,
+        help="resize, flip and recolour at random; without, only the position of a crop within the image is random")
+    add("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
+        help="decoding processes per training process; 0 decodes between steps (default: %(default)s)")
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default="cityscapes", help="cityscapes, camvid or folder (default: %(default)s)")
-    data.add_argument("--data", metavar="ROOT", help="the dataset's folder (default: datasets/NAME)")
-    data.add_argument("--split", default="train", help="split to train on, or several joined by + (default: %(default)s)")
-    data.add_argument("--val-split", default="val", help="split to validate on (default: %(default)s)")
-    data.add_argument(
-        "--crop-size",
-        type=int,
-        nargs=2,
-        default=[512, 1024],
-        metavar=("H", "W"),
-        help="training crop in pixels; larger is slower and, given time, better (default: 512 1024)",
-    )
-    data.add_argument(
-        "--scale-range",
-        type=float,
-        nargs=2,
-        default=[0.5, 2.0],
-        metavar=("MIN", "MAX"),
-        help="random resize factor before the crop (default: 0.5 2)",
-    )
-    data.add_argument(
-        "--augment",
-        action=switch,
-        default=True,
-        help="random resize, flip, brightness and channel noise; "
-        "without, only the position of a crop smaller than the image is random",
-    )
-    data.add_argument(
-        "--workers",
-        type=int,
-        default=min(4, os.cpu_count() or 1),
-        metavar="N",
-        help="decoding processes per training process; 0 decodes between steps (default: %(default)s)",
-    )
+    add = parser.add_argument_group("recipe").add_argument
+    add("--epochs", type=int, default=1000, metavar="N", help="passes over the data (default: %(default)s)")
+    add("--batch-size", type=int, default=16, metavar="N",
+        help="images per step of all processes together, whose number must divide it (default: %(default)s)")
+    add("--base-lr", type=float, default=0.045, metavar="LR",
+        help=f"learning rate for {PAPER_BATCH} images; used is LR x batch / {PAPER_BATCH} (default: %(default)s)")
+    add("--warmup-steps", type=int, default=200, metavar="N",
+        help="steps of linear warm-up, at most a tenth of the run (default: %(default)s)")
+    add("--momentum", type=float, default=0.9, metavar="M", help="of SGD (default: %(default)s)")
+    add("--weight-decay", type=float, default=4e-5, metavar="W",
+        help="of all but depthwise kernels, batch normalisation and biases (default: %(default)s)")
+    add("--dropout", type=float, default=0.1, metavar="P", help="before the last layer (default: %(default)s)")
+    add("--aux", action=switch, default=True, help="the two auxiliary losses")
+    add("--sync-bn", action=switch, default=True, help="batch normalisation over all processes (not on the CPU)")
+    add("--freeze-bn", action="store_true", help="leave batch normalisation's statistics as they are")
+    add("--variant", choices=VARIANTS, default="paper", help="network variant (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: %(default)s)")
 
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--epochs", type=int, default=1000, metavar="N", help="passes over the data (default: %(default)s)")
-    recipe.add_argument(
-        "--batch-size",
-        type=int,
-        default=16,
-        metavar="N",
-        help="images per step of all processes together; must divide by their number (default: %(default)s)",
-    )
-    recipe.add_argument(
-        "--base-lr",
-        type=float,
-        default=0.045,
-        metavar="LR",
-        help=f"learning rate for {PAPER_BATCH} images; the rate used is LR x batch / {PAPER_BATCH} (default: %(default)s)",
-    )
-    recipe.add_argument(
-        "--warmup-steps",
-        type=int,
-        default=200,
-        metavar="N",
-        help="steps of linear warm-up, at most a tenth of the run (default: %(default)s)",
-    )
-    recipe.add_argument("--momentum", type=float, default=0.9, metavar="M", help="of SGD (default: %(default)s)")
-    recipe.add_argument(
-        "--weight-decay",
-        type=float,
-        default=4e-5,
-        metavar="W",
-        help="of all but depthwise kernels, batch normalisation and biases (default: %(default)s)",
-    )
-    recipe.add_argument("--dropout", type=float, default=0.1, metavar="P", help="before the last layer (default: %(default)s)")
-    recipe.add_argument("--aux", action=switch, default=True, help="the two auxiliary losses")
-    recipe.add_argument(
-        "--sync-bn", action=switch, default=True, help="batch normalisation over all processes (not on the CPU)"
-    )
-    recipe.add_argument("--freeze-bn", action="store_true", help="leave batch normalisation's statistics as they are")
-    recipe.add_argument("--variant", choices=VARIANTS, default="paper", help="network variant (default: %(default)s)")
-    recipe.add_argument("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: %(default)s)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", help="cpu, cuda, ... (default: the machine's accelerator, or else the CPU)")
+    add("--amp", choices=("auto", *AMP_DTYPES), default="auto",
+        help="mixed precision; auto takes bf16 where the hardware has it, else fp16 on accelerators")
+    add("--loss-scale", default="dynamic", metavar="{dynamic,128,...}",
+        help="for fp16: adapted to the gradients, or a fixed number (default: %(default)s)")
 
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", help="cpu, cuda, ... (default: the machine's accelerator, or else the CPU)")
-    machine.add_argument(
-        "--amp",
-        choices=("auto", *AMP_DTYPES),
-        default="auto",
-        help="mixed precision; auto takes bf16 where the hardware has it, else fp16 on accelerators",
-    )
-    machine.add_argument(
-        "--loss-scale",
-        default="dynamic",
-        metavar="{dynamic,128,...}",
-        help="for fp16: adapted to the gradients, or a fixed number (default: %(default)s)",
-    )
-
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--out",
-        default="runs",
-        metavar="DIR",
-        help="folder for checkpoints and logs (default: %(default)s); "
-        "an earlier run there is moved into DIR/earlier unless it is resumed",
-    )
-    output.add_argument("--resume", metavar="{auto,PATH}", help="go on from this checkpoint, or from the newest below DIR")
-    output.add_argument("--keep", type=int, default=3, metavar="N", help="numbered checkpoints kept (default: %(default)s)")
-    output.add_argument(
-        "--val-every", type=int, default=10, metavar="N", help="epochs between validations (default: %(default)s)"
-    )
-    output.add_argument("--log-every", type=int, default=20, metavar="N", help="steps between log lines (default: %(default)s)")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", default="runs", metavar="DIR",
+        help="folder of checkpoints and logs; an earlier run in it is moved to DIR/earlier unless resumed (default: %(default)s)")
+    add("--resume", metavar="{auto,PATH}", help="go on from this checkpoint, or from the newest of --out")
+    add("--keep", type=int, default=3, metavar="N", help="numbered checkpoints kept (default: %(default)s)")
+    add("--val-every", type=int, default=10, metavar="N", help="epochs between validations (default: %(default)s)")
+    add("--log-every", type=int, default=20, metavar="N", help="steps between log lines (default: %(default)s)")
+    # fmt: on
     return parser
 
 
@@ -265,74 +208,98 @@ class Progress:
         self.last_time = time.perf_counter()
 
 
-def train_one_epoch(
-    model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    args: argparse.Namespace,
-    *,
-    epoch: int,
-    first_step: int,
-    total_steps: int,
-    device: torch.device,
-    world_size: int,
-    log: Log,
-    progress: Progress,
-) -> int:
-    """One pass over the loader. Returns the number of steps done since the run began.
+@dataclass
+class Run:
+    """What the loop works on: the network bare and as DDP wraps it, the optimiser, and where this process stands."""
+
+    args: argparse.Namespace
+    model: FastSCNN
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    rank: int
+    world_size: int
+    syncs_bn: bool
+    log: Log
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        """Type of the mixed precision, None for float32."""
+        return AMP_DTYPES[self.args.amp]
+
+
+def train_one_epoch(run: Run, loader: Iterable[tuple[Tensor, Tensor]], epoch: int, progress: Progress) -> None:
+    """One pass over the loader; epochs count from 1.
 
     Raises:
         UsageError: the loss is no finite number; found at the next log line, and before any checkpoint.
     """
-    model.train()
+    args, device = run.args, run.device
+    run.wrapped.train()
     if args.freeze_bn:
-        for module in model.modules():
+        for module in run.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-    dtype = AMP_DTYPES[args.amp]
-    step, steps_in_sum = first_step, 0
-    running_loss = torch.zeros((), device=device)
-    last_step = first_step + len(loader)
+    total_steps = args.epochs * len(loader)
+    step, last_step = (epoch - 1) * len(loader), epoch * len(loader)
+    loss_total, steps_in_total = torch.zeros((), device=device), 0  # on the device: no step waits for the host
     for images, target in loader:
         lr = learning_rate(step, total_steps, args.lr, args.warmup_steps)
-        for group in optimizer.param_groups:
+        for group in run.optimizer.param_groups:
             group["lr"] = lr
         images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
         # The mean is over the labelled pixels of all processes, whose gradients DDP averages: however many processes
         # share the batch, the loss is that of one.
         labelled = (target != IGNORE).sum()
-        if world_size > 1:
+        if run.world_size > 1:
             dist.all_reduce(labelled)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            outputs = model(normalise(images), upsample=False)
+        with torch.autocast(device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
+            outputs = run.wrapped(normalise(images), upsample=False)
         loss = loss_sum(outputs, target) / labelled.clamp(min=1)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss * world_size).backward()
-        scaler.step(optimizer)
-        scaler.update(None if args.loss_scale == "dynamic" else float(args.loss_scale))
-        running_loss += loss.detach()  # stays on the device: no step waits for the host
-        step, steps_in_sum = step + 1, steps_in_sum + 1
+        run.optimizer.zero_grad(set_to_none=True)
+        run.scaler.scale(loss * run.world_size).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update(None if args.loss_scale == "dynamic" else float(args.loss_scale))
+        loss_total += loss.detach()
+        step, steps_in_total = step + 1, steps_in_total + 1
 
         if step % args.log_every == 0 or step == last_step:
-            mean_loss = running_loss / steps_in_sum
-            if world_size > 1:
-                dist.all_reduce(mean_loss)
-            mean_loss = mean_loss.item()
+            if run.world_size > 1:
+                dist.all_reduce(loss_total)
+            mean_loss = loss_total.item() / steps_in_total
             if not np.isfinite(mean_loss):
                 raise UsageError(
-                    f"loss is {mean_loss} within the last {steps_in_sum} steps before step {step} of epoch {epoch}; lower "
+                    f"loss is {mean_loss} within the {steps_in_total} steps before step {step}, in epoch {epoch}; lower "
                     "--base-lr, or try --amp off; what was saved before is in --out and can be resumed"
                 )
             rate, left_s = progress.report(step)
-            log.line(
+            run.log.line(
                 f"epoch {epoch}/{args.epochs}  step {step}/{total_steps}  loss {mean_loss:.4f}  lr {lr:.5f}  "
                 f"{rate:.1f} images/s  left {timedelta(seconds=round(left_s))}"
             )
-            log.record(kind="train", epoch=epoch, step=step, loss=mean_loss, lr=lr, images_per_s=rate)
-            running_loss.zero_()
-            steps_in_sum = 0
-    return step
+            run.log.record(kind="train", epoch=epoch, step=step, loss=mean_loss, lr=lr, images_per_s=rate)
+            loss_total.zero_()
+            steps_in_total = 0
+
+
+def validate(run: Run, dataset: SegmentationDataset) -> dict:
+    """Metrics of the whole split, its images shared out over the processes.
+
+    Raises:
+        UsageError: no pixel of the split has a label.
+    """
+    if run.world_size > 1 and not run.syncs_bn:
+        for buffer in run.model.buffers():  # each process has its own statistics: those of rank 0 count, and are saved
+            dist.broadcast(buffer, 0)
+    segment = accelerate(run.model, device=run.device, autocast=run.amp_dtype, mean=MEAN, std=STD)
+    confusion = evaluate(
+        segment, dataset, device=run.device, workers=run.args.workers, rank=run.rank, world_size=run.world_size
+    )
+    result = metrics(confusion, dataset.classes)
+    if result["miou"] is None:
+        raise UsageError(f"no pixel of split {run.args.val_split} has a label; check the label maps below {run.args.data}")
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------------ checkpoints
@@ -368,22 +335,41 @@ def find_resume(args: argparse.Namespace) -> tuple[Path, dict] | None:
             return None
         path = found[-1]
     checkpoint = read_checkpoint(path)
-    missing = {"epoch", "step", "optimizer", "scaler", "best_miou", "args", "classes"} - checkpoint.keys()
+    missing = {"epoch", "optimizer", "scaler", "best_miou", "args", "classes"} - checkpoint.keys()
     if missing:
-        raise CheckpointError(
-            f"{path}: holds no {', '.join(sorted(missing))}, so no training state; resume from a numbered one"
-        )
+        raise CheckpointError(f"{path}: holds no {', '.join(sorted(missing))}, so no training state; take a numbered one")
     return path, checkpoint
 
 
-def check_resume(path: Path, checkpoint: dict, model: FastSCNN, classes: Classes) -> None:
-    """Raises CheckpointError where the checkpoint is of another network or other classes than this run."""
+def check_resume(path: Path, checkpoint: dict, model: FastSCNN, classes: Classes, args: argparse.Namespace) -> None:
+    """Raises CheckpointError where the checkpoint is of another network, other classes or, found by auto, other data."""
     differing = {k: (v, model.args.get(k)) for k, v in checkpoint["model_args"].items() if v != model.args.get(k)}
     if differing:
         text = ", ".join(f"{name} {was} (here {now})" for name, (was, now) in differing.items())
         raise CheckpointError(f"{path}: is of a network with {text}; resume with its own arguments, or begin anew")
     if checkpoint["classes"]["names"] != list(classes.names):
         raise CheckpointError(f"{path}: was trained on other classes; resume on its own dataset, or begin anew")
+    if args.resume == "auto" and checkpoint["args"]["data"] != args.data:
+        raise CheckpointError(
+            f"{path}: was trained on {checkpoint['args']['data']}, this run on {args.data}; give another --out, or this "
+            "path to --resume where the data has only moved"
+        )
+
+
+def save_epoch(run: Run, classes: Classes, epoch: int, result: dict | None, best_miou: float) -> float:
+    """Writes {epoch}.pth, and best_model.pth where `result` is the best so far. Returns the best mIoU."""
+    folder = Path(run.args.out) / "checkpoints"
+    checkpoint = {"model": run.model.state_dict(), "model_args": run.model.args, "classes": classes.to_dict(), "epoch": epoch}
+    if result and result["miou"] > best_miou:
+        best_miou = result["miou"]
+        if run.rank == 0:
+            save({**checkpoint, "miou": best_miou}, folder / "best_model.pth")
+    if run.rank == 0:
+        state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
+        save({**checkpoint, **state, "best_miou": best_miou, "args": vars(run.args)}, folder / f"{epoch}.pth")
+        for old in numbered_checkpoints(folder)[: -run.args.keep]:
+            old.unlink()
+    return best_miou
 
 
 def set_earlier_run_aside(out: Path) -> Path | None:
@@ -421,9 +407,24 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, -1)  # never
 
 
-def epoch_seed(*parts: int) -> int:
-    """One seed out of several numbers, with no overlap between neighbours."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+def describe(run: Run, train_images: int, val_images: int, steps_per_epoch: int) -> None:
+    """The lines at the start of a log: everything that decides what this run will do."""
+    args, world_size = run.args, run.world_size
+    share = args.batch_size // world_size
+    parameters = sum(p.numel() for p in run.model.parameters())
+    run.log.line(f"code {git_revision()}  torch {torch.__version__}  {' '.join(f'{k}={v}' for k, v in vars(args).items())}")
+    run.log.line(f"device {run.device}  processes {world_size}  precision {args.amp}  parameters {parameters:,} in training")
+    run.log.line(
+        f"batch {args.batch_size} = {share} x {world_size}  "
+        f"learning rate {args.base_lr} x {args.batch_size} / {PAPER_BATCH} = {args.lr:.5f}"
+    )
+    run.log.line(f"{train_images} images to train, {val_images} to validate  {steps_per_epoch} steps x {args.epochs} epochs")
+    run.log.line(f"ops {' '.join(f'{op}={which}' for op, which in implementations().items())}")
+    if world_size > 1 and not run.syncs_bn:
+        why = "PyTorch has no SyncBatchNorm on the CPU" if args.sync_bn else "--no-sync-bn"
+        run.log.line(f"{why}: each process normalises over its own {share} images")
+    if train_images < args.batch_size:
+        run.log.line(f"fewer images ({train_images}) than the batch ({args.batch_size}): they are repeated within it")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -434,40 +435,36 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
 
     # Data and the checkpoint to resume from are looked at before anything is written or any process waits for another.
-    effects = {} if args.augment else {"scale_range": (1.0, 1.0), "flip": False, "brightness": 0.0, "channel_noise": 0.0}
-    effects = {"scale_range": tuple(args.scale_range), **effects}
-    augmentation = Augmentation(tuple(args.crop_size), seed=args.seed, **effects)
+    plain = {} if args.augment else {"flip": False, "brightness": 0.0, "channel_noise": 0.0}
+    scale_range = tuple(args.scale_range) if args.augment else (1.0, 1.0)
+    augmentation = Augmentation(tuple(args.crop_size), scale_range, **plain, seed=args.seed)
     train_set = open_dataset(args.dataset, args.data, args.split, augmentation)
     val_set = open_dataset(args.dataset, args.data, args.val_split)
-    classes = train_set.classes
     torch.manual_seed(args.seed)
-    model = FastSCNN(len(classes.names), variant=args.variant, aux=args.aux, dropout=args.dropout)
+    model = FastSCNN(len(train_set.classes.names), variant=args.variant, aux=args.aux, dropout=args.dropout)
     resumed = find_resume(args)
     if resumed:
-        check_resume(*resumed, model, classes)
+        check_resume(*resumed, model, train_set.classes, args)
 
-    device, rank, world_size = start_processes(args.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     log = None
     try:
-        if (
-            args.batch_size == world_size
-            and not args.freeze_bn
-            and (device.type == "cpu" or not args.sync_bn or world_size == 1)
-        ):
+        device, rank, world_size = start_processes(args.device)
+        if device.type == "cpu":
+            keep_freed_memory()
+        args.amp = choose_amp(args.amp, device)
+        args.lr = args.base_lr * args.batch_size / PAPER_BATCH
+        syncs_bn = world_size > 1 and args.sync_bn and device.type != "cpu"
+        if args.batch_size == world_size and not syncs_bn and not args.freeze_bn:
             raise UsageError(
                 "one image per process leaves batch normalisation of the pyramid's 1x1 bin a single value; give "
                 f"--batch-size {2 * world_size} or more"
             )
+        moved = set_earlier_run_aside(out) if rank == 0 and not resumed else None
         if rank == 0:
-            moved = None if resumed else set_earlier_run_aside(out)
             (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         log = Log(out / "logs", rank)
-        if rank == 0 and moved:
+        if moved:
             log.line(f"an earlier run was moved to {moved}")
-        args.amp = choose_amp(args.amp, device)
-        args.lr = args.base_lr * args.batch_size / PAPER_BATCH
 
         batches = TrainBatches(len(train_set), args.batch_size, seed=args.seed, rank=rank, world_size=world_size)
         loader = torch.utils.data.DataLoader(
@@ -477,30 +474,23 @@ def main(argv: list[str] | None = None) -> None:
             pin_memory=device.type != "cpu",
             persistent_workers=args.workers > 0,
         )
-        total_steps = args.epochs * len(batches)
-
         model.to(device, memory_format=torch.channels_last)
-        syncs_bn = world_size > 1 and args.sync_bn and device.type != "cpu"
         if syncs_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # before the DDP wrap
         optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), lr=args.lr, momentum=args.momentum)
         static_scale = {} if args.loss_scale == "dynamic" else {"init_scale": float(args.loss_scale)}
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16", **static_scale)
 
-        first_epoch, step, best_miou = 1, 0, -1.0
+        first_epoch, best_miou = 1, -1.0
         if resumed:
             path, checkpoint = resumed
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             scaler.load_state_dict(checkpoint["scaler"])
-            first_epoch, step, best_miou = checkpoint["epoch"] + 1, checkpoint["step"], checkpoint["best_miou"]
-            changed = [
-                f"{k} {v} -> {getattr(args, k, None)}" for k, v in checkpoint["args"].items() if getattr(args, k, None) != v
-            ]
-            changed = [text for text in changed if not text.startswith("resume ")]
-            log.line(
-                f"resumed {path} after epoch {checkpoint['epoch']}" + (f"; changed: {', '.join(changed)}" if changed else "")
-            )
+            first_epoch, best_miou = checkpoint["epoch"] + 1, checkpoint["best_miou"]
+            before = {name: value for name, value in checkpoint["args"].items() if name != "resume"}
+            changed = [f"{name} {was} -> {vars(args).get(name)}" for name, was in before.items() if was != vars(args).get(name)]
+            log.line(f"resumed {path} after epoch {checkpoint['epoch']}; changed: {', '.join(changed) or 'nothing'}")
         elif args.resume:
             log.line(f"nothing to resume in {out / 'checkpoints'}: beginning anew")
 
@@ -508,80 +498,24 @@ def main(argv: list[str] | None = None) -> None:
         if world_size > 1:
             device_ids = None if device.type == "cpu" else [device.index]
             wrapped = nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        run = Run(args, model, wrapped, optimizer, scaler, device, rank, world_size, syncs_bn, log)
+        describe(run, len(train_set), len(val_set), len(batches))
 
-        parameters = sum(p.numel() for p in model.parameters())
-        log.line(
-            f"code {git_revision()}  torch {torch.__version__}  {' '.join(f'{k}={v}' for k, v in sorted(vars(args).items()))}"
-        )
-        log.line(
-            f"device {device}  processes {world_size}  precision {args.amp}  parameters {parameters} with auxiliary heads\n"
-            f"batch {args.batch_size} = {args.batch_size // world_size} x {world_size}  "
-            f"learning rate {args.base_lr} x {args.batch_size} / {PAPER_BATCH} = {args.lr:.5f}\n"
-            f"{len(train_set)} images to train, {len(val_set)} to validate  {len(batches)} steps x {args.epochs} epochs\n"
-            f"ops {' '.join(f'{op}={which}' for op, which in implementations().items())}"
-        )
-        if world_size > 1 and not syncs_bn:
-            why = "PyTorch has no SyncBatchNorm on the CPU" if args.sync_bn else "--no-sync-bn"
-            log.line(f"{why}: each process normalises over its own {args.batch_size // world_size} images")
-        if len(train_set) < args.batch_size:
-            log.line(f"fewer images ({len(train_set)}) than the batch ({args.batch_size}): they are repeated within it")
-
-        progress = Progress(step, total_steps, args.batch_size)
+        progress = Progress((first_epoch - 1) * len(batches), args.epochs * len(batches), args.batch_size)
         for epoch in range(first_epoch, args.epochs + 1):
-            torch.manual_seed(epoch_seed(args.seed, epoch, rank))
+            # Depends on the epoch, not on what came before, so that a resumed run draws the same numbers.
+            torch.manual_seed(int(np.random.SeedSequence((args.seed, epoch, rank)).generate_state(1)[0]))
             batches.set_epoch(epoch)
-            step = train_one_epoch(
-                wrapped,
-                loader,
-                optimizer,
-                scaler,
-                args,
-                epoch=epoch,
-                first_step=step,
-                total_steps=total_steps,
-                device=device,
-                world_size=world_size,
-                log=log,
-                progress=progress,
-            )
-
+            train_one_epoch(run, loader, epoch, progress)
             result = None
             if epoch % args.val_every == 0 or epoch == args.epochs:
-                if world_size > 1 and not syncs_bn:
-                    for buffer in model.buffers():  # each process has its own statistics: validate and save those of rank 0
-                        dist.broadcast(buffer, 0)
-                segment = accelerate(model, device=device, autocast=AMP_DTYPES[args.amp], mean=MEAN, std=STD)
-                confusion = evaluate(segment, val_set, device=device, workers=args.workers, rank=rank, world_size=world_size)
-                result = metrics(confusion, classes)
-                miou = result["miou"]
-                if miou is None:
-                    raise UsageError(f"no pixel of split {args.val_split} has a label; check the label maps below {args.data}")
+                result = validate(run, val_set)
                 log.line(
-                    f"epoch {epoch}/{args.epochs}  mIoU {miou:.4f}  pixel accuracy {result['pixel_accuracy']:.4f}  best {max(best_miou, miou):.4f}"
+                    f"epoch {epoch}/{args.epochs}  mIoU {result['miou']:.4f}  pixel accuracy {result['pixel_accuracy']:.4f}"
                 )
-                log.record(kind="val", epoch=epoch, step=step, **result)
+                log.record(kind="val", epoch=epoch, step=epoch * len(batches), **result)
                 progress.pause()
-            if rank == 0:
-                checkpoint = {
-                    "model": model.state_dict(),
-                    "model_args": model.args,
-                    "classes": classes.to_dict(),
-                    "epoch": epoch,
-                    "miou": result and result["miou"],
-                }
-                if result and result["miou"] > best_miou:
-                    best_miou = result["miou"]
-                    save(checkpoint, out / "checkpoints" / "best_model.pth")
-                checkpoint |= {
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "step": step,
-                    "best_miou": best_miou,
-                    "args": vars(args),
-                }
-                save(checkpoint, out / "checkpoints" / f"{epoch}.pth")
-                for old in numbered_checkpoints(out / "checkpoints")[: -args.keep]:
-                    old.unlink()
+            best_miou = save_epoch(run, train_set.classes, epoch, result, best_miou)
         log.line(f"done: best mIoU {best_miou:.4f}, {out / 'checkpoints' / 'best_model.pth'}")
     finally:
         if log is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,6 +18,9 @@ SHARED = ROOT.parent / "shared"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import streets  # noqa: E402
+
+# On the tests' small tensors several threads gain nothing, and on a busy machine they wait for each other.
+torch.set_num_threads(1)
 
 
 def shared_data(name: str) -> Path:

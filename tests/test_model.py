@@ -161,7 +161,7 @@ def test_checkpoint_that_does_not_fit_is_refused(tmp_path):
 def test_every_truncation_of_a_checkpoint_is_refused(tmp_path):
     save_checkpoint(tmp_path / "a.pth")
     content = (tmp_path / "a.pth").read_bytes()
-    for length in (0, 1, 10, 100, len(content) // 2, len(content) - 1):
+    for length in (0, 1, 10, 100, 1000, 5000, 20000, 65536, len(content) // 2, len(content) - 1000, len(content) - 1):
         (tmp_path / "cut.pth").write_bytes(content[:length])
         with pytest.raises(CheckpointError, match="cut.pth: truncated or no checkpoint"):
             load_weights(tmp_path / "cut.pth")

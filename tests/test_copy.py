@@ -1,0 +1,22 @@
+"""model.py, data.py and ops_ext each work when copied alone into another project."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+USES = {
+    "model.py": "import torch, model; print(model.FastSCNN(5).eval()(torch.randn(1, 3, 40, 40)).shape[1])",
+    "data.py": "import torch, data; print(data.normalise(torch.zeros(1, 4, 4, 3, dtype=torch.uint8)).shape[1] + 2)",
+    "ops_ext": "import torch, ops_ext; print(int(ops_ext.upsample_argmax(torch.zeros(1, 5, 4, 4), (8, 8)).sum()) + 5)",
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_works_alone(tmp_path, name):
+    (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    done = subprocess.run([sys.executable, "-c", USES[name]], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "5\n", "")

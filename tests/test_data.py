@@ -1,0 +1,316 @@
+"""Images and labels are found, read, checked and augmented together; every process gets its share and no more."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import (
+    CAMVID,
+    CITYSCAPES,
+    IGNORE,
+    PADDING_RGB,
+    Augmentation,
+    Classes,
+    DataError,
+    TrainBatches,
+    normalise,
+    open_dataset,
+    read_image,
+    read_label,
+)
+
+PLAIN = {"scale_range": (1.0, 1.0), "flip": False, "brightness": 0.0, "channel_noise": 0.0}
+
+
+# --------------------------------------------------------------------------------------------------------------- layouts
+
+
+def test_cityscapes_label_ids_become_train_ids(drawn, tmp_path):
+    # From the table of cityscapesScripts: label id -> train id, all others of 0 to 33 are ignored.
+    expected = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13}
+    expected |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+    ids = np.array([*range(34), 255], np.uint8)
+    Image.fromarray(ids[None]).save(tmp_path / "label.png")
+    read = np.array(read_label(tmp_path / "label.png", open_dataset("cityscapes", drawn, "val").table))[0]
+    assert read.tolist() == [expected.get(int(i), IGNORE) for i in ids]
+    assert CITYSCAPES.names[0] == "road" and CITYSCAPES.names[18] == "bicycle" and len(CITYSCAPES.names) == 19
+
+
+def test_camvid_layout_and_unlabelled(tmp_path):
+    for name, value in (("a.jpg", 3), ("b.png", 11)):
+        (tmp_path / "train").mkdir(exist_ok=True), (tmp_path / "trainannot").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30)).save(tmp_path / "train" / name)
+        Image.new("L", (40, 30), value).save(tmp_path / "trainannot" / f"{name[0]}.png")
+    dataset = open_dataset("camvid", tmp_path, "train")
+    assert [dataset[i][1].unique().tolist() for i in range(2)] == [[3], [IGNORE]]
+    assert len(open_dataset("camvid", tmp_path, "train+train")) == 4
+    assert dataset.classes == CAMVID and len(CAMVID.names) == 11
+
+
+def test_coarse_labels_belong_to_train_extra(tmp_path):
+    for folder, end in (("leftImg8bit", "leftImg8bit"), ("gtCoarse", "gtCoarse_labelIds")):
+        path = tmp_path / folder / "train_extra" / "city" / f"city_000000_000019_{end}.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB" if end == "leftImg8bit" else "L", (40, 40), 0).save(path)
+    assert len(open_dataset("cityscapes", tmp_path, "train_extra")) == 1
+
+
+def test_folder_layout(folder_dataset):
+    dataset = open_dataset("folder", folder_dataset, "train")
+    image, label = dataset[0]
+    assert image.shape == (48, 64, 3) and image.dtype == label.dtype == torch.uint8
+    assert label[0].tolist() == [0] * 20 + [1] * 20 + [2] * 24
+    assert dataset.classes.names == ("left", "middle", "right")
+    assert len(set(dataset.classes.colours)) == 3
+
+
+def test_folder_may_choose_what_is_ignored(folder_dataset):
+    (folder_dataset / "classes.json").write_text(json.dumps({"names": ["left", "middle", "right"], "ignore": [1, 255]}))
+    assert open_dataset("folder", folder_dataset, "val")[0][1].unique().tolist() == [0, 2, IGNORE]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not the expected JSON"),
+        ("[1]", "not the expected JSON"),
+        ('{"names": []}', "0 names"),
+        ('{"names": ["a"], "colours": [[1, 2]]}', "an RGB each"),
+        ('{"names": ["a"], "ignore": 300}', "between 0 and 255"),
+    ],
+)
+def test_bad_class_file_is_named(folder_dataset, content, message):
+    (folder_dataset / "classes.json").write_text(content)
+    with pytest.raises(DataError, match=f"classes.json: .*{message}"):
+        open_dataset("folder", folder_dataset, "train")
+
+
+def test_classes_survive_a_checkpoint():
+    assert Classes.from_dict(json.loads(json.dumps(CITYSCAPES.to_dict()))) == CITYSCAPES
+
+
+# ------------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_no_data_is_named(tmp_path):
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        open_dataset("cityscapes", tmp_path / "nowhere", "train")
+    with pytest.raises(DataError, match="no images"):
+        open_dataset("cityscapes", tmp_path, "train")
+    with pytest.raises(DataError, match="dataset 'kitti' is unknown, expected one of cityscapes, camvid, folder"):
+        open_dataset("kitti", tmp_path, "train")
+
+
+def test_image_without_label_and_label_without_image_are_named(folder_dataset):
+    (folder_dataset / "labels/train/1.png").rename(folder_dataset / "labels/train/2.png")
+    with pytest.raises(DataError, match=r"images/train/1.png: image without its label"):
+        open_dataset("folder", folder_dataset, "train")
+    (folder_dataset / "images/train/1.png").unlink()
+    with pytest.raises(DataError, match=r"labels/train/2.png: label without its image"):
+        open_dataset("folder", folder_dataset, "train")
+
+
+def test_sizes_that_differ_are_named(folder_dataset):
+    Image.new("L", (64, 47)).save(folder_dataset / "labels/train/0.png")
+    with pytest.raises(DataError, match=r"labels/train/0.png: 64x47 pixels, its image .*images/train/0.png 64x48"):
+        open_dataset("folder", folder_dataset, "train")[0]
+
+
+def test_stray_label_value_is_named(folder_dataset):
+    path = folder_dataset / "labels/train/0.png"
+    label = np.array(Image.open(path))
+    label[3, 5] = 17
+    Image.fromarray(label).save(path)
+    with pytest.raises(DataError, match=r"labels/train/0.png: label value 17 is outside the dataset's table"):
+        open_dataset("folder", folder_dataset, "train")[0]
+
+
+def test_colour_label_is_refused_and_palette_label_read(folder_dataset):
+    path = folder_dataset / "labels/train/0.png"
+    label = Image.open(path)
+    label.convert("RGB").save(path)
+    dataset = open_dataset("folder", folder_dataset, "train")
+    with pytest.raises(DataError, match=r"labels/train/0.png: label map of mode RGB, expected one channel"):
+        dataset[0]
+    palette = Image.frombytes("P", label.size, label.tobytes())
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    palette.save(path)
+    assert dataset[0][1].unique().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["images", "labels"])
+def test_every_truncation_of_a_png_is_named(folder_dataset, kind):
+    path = folder_dataset / kind / "train/0.png"
+    content = path.read_bytes()
+    dataset = open_dataset("folder", folder_dataset, "train")
+    for length in (0, 8, 20, len(content) // 2, len(content) - 40):
+        path.write_bytes(content[:length])
+        with pytest.raises(DataError, match=f"{kind}/train/0.png: cannot be decoded"):
+            dataset[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- augmentation
+
+
+def coordinates(height, width):
+    """An image whose pixels say where they are (red = x, green = y), and a label that says the same in blocks of 8."""
+    y, x = np.mgrid[:height, :width]
+    image = np.stack([x, y, np.zeros_like(x)], -1).astype(np.uint8)
+    return Image.fromarray(image), Image.fromarray((y // 8 * 16 + x // 8).astype(np.uint8))
+
+
+def test_image_and_label_move_together():
+    image, label = coordinates(96, 128)
+    for position in range(50):
+        crop, truth = Augmentation((48, 64), brightness=0, channel_noise=0)(image, label, (0, position))
+        crop, truth = np.array(crop).astype(int), np.array(truth)
+        inside = truth != IGNORE
+        # Nearest and bilinear may fall into neighbouring pixels, so the block's borders are left out.
+        x, y = crop[..., 0], crop[..., 1]
+        inside &= (x % 8 > 1) & (x % 8 < 6) & (y % 8 > 1) & (y % 8 < 6)
+        assert inside.sum() > 100
+        assert (truth[inside] == (y // 8 * 16 + x // 8)[inside]).all()
+
+
+def test_cropping_before_resizing_is_resizing_then_cropping():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 200, 3), np.uint8))
+    label = Image.fromarray(np.random.default_rng(1).integers(0, 9, (120, 200), np.uint8))
+    compared = 0
+    for position in range(40):
+        crop, truth = Augmentation((40, 60), (0.8, 2.0), False, 0, 0)(image, label, (0, position))
+        rng = np.random.default_rng((0, 0, position))
+        scale = rng.uniform(0.8, 2.0)
+        height, width = round(120 * scale), round(200 * scale)
+        top, left = (int(rng.integers(0, full - part, endpoint=True)) for full, part in ((height, 40), (width, 60)))
+        box = (left, top, left + 60, top + 40)
+        whole = np.array(image.resize((width, height), Image.Resampling.BILINEAR).crop(box)).astype(int)
+        whole_truth = np.array(label.resize((width, height), Image.Resampling.NEAREST).crop(box))
+        assert np.abs(np.array(crop) - whole).max() <= 1
+        assert (np.array(truth) == whole_truth).mean() > 0.95  # where a sample point falls on a border it may round either way
+        compared += 1
+    assert compared == 40
+
+
+def test_padding_is_the_mean_colour_and_ignored():
+    image, label = Image.new("RGB", (64, 48), (10, 200, 30)), Image.new("L", (64, 48), 5)
+    starts = set()
+    for position in range(30):
+        crop, truth = Augmentation((100, 120), **PLAIN)(image, label, (0, position))
+        crop, truth = np.array(crop), np.array(truth)
+        inside = (crop == (10, 200, 30)).all(-1)
+        assert inside.sum() == 48 * 64
+        assert (truth[inside] == 5).all() and (truth[~inside] == IGNORE).all()
+        assert (crop[~inside] == PADDING_RGB).all()
+        starts.add(tuple(np.argwhere(inside)[0]))
+    assert len(starts) > 20  # anywhere, not in a corner
+
+
+def test_random_numbers_have_the_stated_distribution():
+    image, label = coordinates(64, 128)
+    augment = Augmentation((32, 64), (0.5, 2.0))
+    crops = [np.array(augment(image, label, (0, position))[0]).astype(int) for position in range(600)]
+    red = [crop[..., 0] for crop in crops]
+    flipped = np.mean([np.median(np.diff(r, axis=1)) < 0 for r in red])
+    assert 0.4 < flipped < 0.6
+    steps = [
+        abs(
+            np.diff(
+                np.array(Augmentation((32, 64), (0.5, 2.0), False, 0, 0)(image, label, (0, p))[0])[..., 0].astype(int), axis=1
+            )
+        ).mean()
+        for p in range(300)
+    ]
+    assert min(steps) < 0.6 and max(steps) > 1.2  # x advances by 1 / scale per pixel
+
+
+def test_colour_changes_within_bounds():
+    image, label = Image.new("RGB", (40, 40), (100, 100, 100)), Image.new("L", (40, 40), 1)
+    augment = Augmentation((40, 40), (1, 1), brightness=0.3, channel_noise=0.1)
+    means = np.array([np.array(augment(image, label, (1, p))[0]).mean((0, 1)) for p in range(300)])
+    assert 100 * 0.7 * 0.9 - 1 <= means.min() < 70 and 135 < means.max() <= 100 * 1.3 * 1.1 + 1
+    assert np.ptp(means, axis=1).max() > 10  # channels move apart
+
+
+def test_samples_depend_on_their_key_alone(drawn):
+    def load(workers):
+        dataset = open_dataset("cityscapes", drawn, "train", Augmentation((64, 96), seed=3))
+        batches = TrainBatches(len(dataset), 4, seed=3)
+        batches.set_epoch(7)
+        return list(torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers))
+
+    alone, shared = load(0), load(2)
+    assert len(alone) == 3
+    for (image, label), (same_image, same_label) in zip(alone, shared):
+        assert torch.equal(image, same_image) and torch.equal(label, same_label)
+
+
+def test_normalise_is_zero_mean_unit_variance_of_imagenet():
+    images = torch.tensor([[[[124, 116, 104], [255, 0, 0]]]], dtype=torch.uint8)
+    x = normalise(images)
+    assert x.shape == (1, 3, 1, 2) and x.is_contiguous(memory_format=torch.channels_last)
+    assert x[0, :, 0, 0].abs().max() < 0.01
+    expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0 - 0.406) / 0.225]
+    torch.testing.assert_close(x[0, :, 0, 1], torch.tensor(expected))
+
+
+# ---------------------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_processes_share_the_same_global_batches(world_size):
+    def global_batches(processes):
+        ranks = [list(TrainBatches(50, 16, seed=1, rank=r, world_size=processes)) for r in range(processes)]
+        return [[key for share in shares for key in share] for shares in zip(*ranks)]
+
+    batches = global_batches(world_size)
+    assert batches == global_batches(1)
+    indices = [index for batch in batches for _, _, index in batch]
+    assert len(indices) == len(set(indices)) == 48
+
+
+def test_epochs_are_ordered_differently_and_reproducibly():
+    batches = TrainBatches(40, 8, seed=5)
+    orders = []
+    for epoch in (1, 2, 1):
+        batches.set_epoch(epoch)
+        orders.append([index for batch in batches for _, _, index in batch])
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(40))
+
+
+def test_small_dataset_is_repeated_to_fill_a_batch():
+    (batch,) = list(TrainBatches(3, 8))
+    assert [sorted(index for _, _, index in batch).count(i) for i in range(3)] in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
+    assert len({position for _, position, _ in batch}) == 8  # so that each copy is augmented differently
+
+
+def test_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="batch of 12 does not divide over 8 processes"):
+        TrainBatches(100, 12, world_size=8)
+
+
+# -------------------------------------------------------------------------------------------------------------- real data
+
+
+def test_camvid_is_read(camvid):
+    train, val = open_dataset("camvid", camvid, "train"), open_dataset("camvid", camvid, "val")
+    assert (len(train), len(val), len(open_dataset("camvid", camvid, "train+val"))) == (367, 101, 468)
+    image, label = val[0]
+    assert image.shape == (360, 480, 3) and label.shape == (360, 480)
+    seen = torch.bincount(torch.stack([train[i][1] for i in range(0, 367, 30)]).flatten().long(), minlength=256)
+    assert (seen[:11] > 0).all() and seen[11:255].sum() == 0
+
+
+def test_cityscapes_is_read(cityscapes_sample):
+    train, val = open_dataset("cityscapes", cityscapes_sample, "train"), open_dataset("cityscapes", cityscapes_sample, "val")
+    assert (len(train), len(val)) == (4, 2)
+    image, label = val[0]
+    assert image.shape == (1024, 2048, 3) and label.shape == (1024, 2048)
+    # By a table of this test's own: road is 7 and car is 26 in the files, 0 and 13 in training.
+    raw = torch.from_numpy(np.array(Image.open(val.samples[0].label)))
+    assert torch.equal(label == 0, raw == 7) and torch.equal(label == 13, raw == 26)
+    assert torch.equal(label == IGNORE, sum(raw == v for v in (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)) > 0)
+    assert torch.equal(torch.from_numpy(np.array(read_image(val.samples[0].image))), image)

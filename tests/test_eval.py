@@ -1,0 +1,189 @@
+"""Metrics by hand, the modes of eval.py, and what it says to wrong input."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+from conftest import last_json, run_script
+from data import CAMVID, CITYSCAPES, Classes
+from eval import ContactSheet, colour_map, exit_status, metrics
+from model import FastSCNN
+
+THREE = Classes(("a", "b", "c"), ((255, 0, 0), (0, 255, 0), (0, 0, 255)), ("x", "x", "y"))
+
+
+def test_metrics_by_hand():
+    confusion = torch.tensor([[5, 1, 0], [2, 3, 0], [1, 0, 8]])
+    result = metrics(confusion, THREE)
+    assert result["class_iou"] == pytest.approx({"a": 5 / 9, "b": 3 / 6, "c": 8 / 9})
+    assert result["miou"] == pytest.approx((5 / 9 + 3 / 6 + 8 / 9) / 3)
+    assert result["pixel_accuracy"] == pytest.approx(16 / 20)
+    # Merged to x = {a, b}: 11 of 12 pixels found, 1 too many.
+    assert result["category_iou"] == pytest.approx({"x": 11 / 12, "y": 8 / 9})
+    assert result["category_miou"] == pytest.approx((11 / 12 + 8 / 9) / 2)
+
+
+def test_absent_class_is_null_and_left_out_of_the_mean():
+    result = metrics(torch.tensor([[5, 1, 0], [0, 4, 0], [0, 0, 0]]), THREE)
+    assert result["class_iou"]["c"] is None and result["category_iou"]["y"] is None
+    assert result["miou"] == pytest.approx((5 / 6 + 4 / 5) / 2)
+    wrong = metrics(torch.tensor([[5, 0, 1], [0, 4, 0], [0, 0, 0]]), THREE)
+    assert wrong["class_iou"]["c"] == 0  # predicted, though it never occurs: counted
+    nothing = metrics(torch.zeros(3, 3, dtype=torch.int64), THREE)
+    assert nothing["miou"] is None and nothing["pixel_accuracy"] is None
+    json.dumps(nothing)
+
+
+def test_dataset_without_categories_has_none():
+    result = metrics(torch.eye(11, dtype=torch.int64), CAMVID)
+    assert result["category_iou"] == {} and result["category_miou"] is None and result["miou"] == 1
+
+
+def test_counts_beyond_float32_stay_exact():
+    confusion = torch.tensor([[2**40 + 1, 1], [0, 2**40]])
+    iou = metrics(confusion, Classes(("a", "b"), ((0, 0, 0), (1, 1, 1))))["class_iou"]
+    assert iou["b"] == 2**40 / (2**40 + 1) and iou["a"] < 1
+
+
+def test_table_shows_every_class_and_mean():
+    table = evaluation.format_table(metrics(torch.eye(19, dtype=torch.int64) * 3, CITYSCAPES))
+    assert all(name in table for name in CITYSCAPES.names) and table.count("100.00") == 19 + 7 + 2 + 1
+
+
+def test_colours_and_contact_sheet(tmp_path):
+    label = np.array([[0, 1], [2, 255]], np.uint8)
+    assert np.array(colour_map(label, THREE)).tolist() == [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [0, 0, 0]]]
+    sheet = ContactSheet(THREE, rows=2, width=64)
+    for height in (32, 48, 64):
+        truth = torch.zeros(height, 64, dtype=torch.uint8)
+        sheet.add(torch.full((height, 64, 3), 200, dtype=torch.uint8), truth, truth + 1)
+    sheet.save(tmp_path / "deep" / "sheet.png")
+    picture = np.array(Image.open(tmp_path / "deep" / "sheet.png"))
+    assert picture.shape == (16 + 4 + 2 * (48 + 4), 4 + 3 * (64 + 4), 3)
+    assert (
+        picture[40, 30].tolist() == [200] * 3
+        and picture[40, 100].tolist() == [255, 0, 0]
+        and picture[40, 170].tolist() == [0, 255, 0]
+    )
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A checkpoint of an untrained network for Cityscapes."""
+    torch.manual_seed(0)
+    model = FastSCNN(19)
+    path = tmp_path_factory.mktemp("weights") / "w.pth"
+    torch.save({"model": model.state_dict(), "model_args": model.args, "classes": CITYSCAPES.to_dict()}, path)
+    return path
+
+
+def test_two_processes_give_exactly_the_metrics_of_one(weights, drawn):
+    flags = ("--weights", weights, "--data", drawn, "--device", "cpu")
+    one, two = run_script("eval.py", *flags), run_script("eval.py", *flags, processes=2)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    result = last_json(one.stdout)
+    assert result == last_json(two.stdout)
+    assert result["images"] == 5 and result["dataset"] == "cityscapes" and result["split"] == "val"
+    assert set(result) == {"dataset", "split", "images", "miou", "pixel_accuracy", "class_iou", "category_miou", "category_iou"}
+
+
+def test_evaluation_counts_every_labelled_pixel_once(weights, drawn, capsys):
+    status = exit_status(
+        "eval.py", lambda: evaluation.main(["--weights", str(weights), "--data", str(drawn), "--device", "cpu"])
+    )
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert status == 0
+    model, dataset = (
+        evaluation.build_from_checkpoint(evaluation.read_checkpoint(weights), weights),
+        evaluation.open_dataset("cityscapes", drawn, "val"),
+    )
+    segment = evaluation.accelerate(model)
+    right = total = 0
+    for image, label in dataset:
+        labelled = label != 255
+        right += ((segment(image[None])[0] == label) & labelled).sum().item()
+        total += labelled.sum().item()
+    assert result["pixel_accuracy"] == right / total
+
+
+def test_folder_of_pictures_becomes_overlays(weights, tmp_path, capsys):
+    for name, size in (("a.jpg", (64, 48)), ("sub/b c.png", (97, 51)), ("sub/grau.png", (40, 40))):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L" if "grau" in name else "RGB", size, 90).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "notes.txt").write_text("no picture")
+    flags = ["--weights", str(weights), "--predict", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert exit_status("eval.py", lambda: evaluation.main(flags)) == 0
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["images"] == 3
+    sizes = {str(p.relative_to(tmp_path / "out")): Image.open(p).size for p in (tmp_path / "out").rglob("*.png")}
+    assert sizes == {"a.jpg_overlay.png": (64, 48), "sub/b c.png_overlay.png": (97, 51), "sub/grau.png_overlay.png": (40, 40)}
+
+
+def test_benchmark_needs_no_weights(capsys):
+    flags = ["--benchmark", "--size", "64", "96", "--batch-size", "2", "--repeats", "5", "--device", "cpu"]
+    assert exit_status("eval.py", lambda: evaluation.main(flags)) == 0
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (
+        result["size"] == [64, 96] and result["batch_size"] == 2 and result["params"] == 1_137_795 and result["device"] == "cpu"
+    )
+    latency = result["latency_ms"]
+    assert 0 < latency["min"] <= latency["median"] <= latency["p95"]
+    assert math.isclose(result["fps"], 2000 / latency["median"], rel_tol=0.01)
+
+
+def cut(path, target):
+    target.write_bytes(path.read_bytes()[:5000])
+    return target
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (lambda w, d, t: ["--weights", t / "none.pth", "--data", d], "none.pth: no such checkpoint"),
+        (lambda w, d, t: ["--weights", cut(w, t / "cut.pth"), "--data", d], "cut.pth: truncated or no checkpoint"),
+        (lambda w, d, t: ["--weights", next(d.rglob("*.png")), "--data", d], "truncated or no checkpoint"),
+        (lambda w, d, t: ["--weights", w, "--data", t / "nowhere"], "nowhere: no such folder"),
+        (lambda w, d, t: ["--weights", w, "--data", t], "no images"),
+        (lambda w, d, t: ["--data", d], "--weights FILE is missing"),
+        (lambda w, d, t: ["--weights", w, "--data", d, "--device", "warp"], "--device warp is no device"),
+        (lambda w, d, t: ["--weights", w, "--data", d, "--colour"], "unrecognized arguments: --colour"),
+        (lambda w, d, t: ["--weights", w, "--predict", t / "none.png", "--out", t / "o"], "none.png: no such picture"),
+        (lambda w, d, t: ["--weights", w, "--predict", t, "--out", t / "o"], "no pictures in this folder"),
+        (lambda w, d, t: ["--benchmark", "--size", "16", "64"], "--size must be at least 32 32"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_status_2(weights, drawn, tmp_path, capsys, flags, message):
+    argv = [str(flag) for flag in flags(weights, drawn, tmp_path)]
+    assert exit_status("eval.py", lambda: evaluation.main(argv)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("eval.py: ") and error.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_another_class_count_is_refused(weights, folder_dataset, capsys):
+    argv = ["--weights", str(weights), "--dataset", "folder", "--data", str(folder_dataset)]
+    assert exit_status("eval.py", lambda: evaluation.main(argv)) == 2
+    assert "has 19 classes, expected 3" in capsys.readouterr().err
+
+
+def test_error_in_a_loader_process_is_one_line_too(weights, folder_dataset, tmp_path):
+    model = FastSCNN(3)
+    torch.save({"model": model.state_dict(), "model_args": model.args}, tmp_path / "w.pth")
+    Image.new("L", (64, 48), 99).save(folder_dataset / "labels/val/1.png")
+    done = run_script(
+        "eval.py", "--weights", tmp_path / "w.pth", "--dataset", "folder", "--data", folder_dataset, "--device", "cpu"
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "labels/val/1.png: label value 99 is outside" in done.stderr
+
+
+def test_faults_keep_their_traceback():
+    def broken():
+        raise RuntimeError("a fault of the program")
+
+    with pytest.raises(RuntimeError):
+        exit_status("eval.py", broken)

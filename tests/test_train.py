@@ -1,0 +1,296 @@
+"""Training: schedule and loss by hand, one process against two, resuming, real data, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import data
+import train
+from conftest import last_json, run_script
+from data import IGNORE
+from eval import exit_status
+from model import FastSCNN, load_weights, read_checkpoint
+from train import choose_amp, learning_rate, loss_sum, parameter_groups
+
+
+def flags(root, out, **changes):
+    """A short run on drawn scenes, in float32."""
+    options = {
+        "data": root, "out": out, "device": "cpu", "epochs": 2, "batch_size": 4, "crop_size": (64, 96), "amp": "off",
+        "workers": 0, "val_every": 1, "log_every": 1, **changes,
+    }  # fmt: skip
+    argv = []
+    for name, value in options.items():
+        if value is not None:
+            values = () if value is True else value if isinstance(value, tuple) else (value,)
+            argv += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return argv
+
+
+def run(*args, **changes):
+    """train.py in this process; its exit status."""
+    return exit_status("train.py", lambda: train.main(flags(*args, **changes)))
+
+
+def records(out, kind):
+    lines = (out / "logs" / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+# ------------------------------------------------------------------------------------------------------- parts of the loop
+
+
+def test_poly_schedule_by_hand():
+    assert learning_rate(0, 100, 0.1, 0) == pytest.approx(0.1)
+    assert learning_rate(50, 100, 0.1, 0) == pytest.approx(0.1 * 0.5**0.9)
+    assert learning_rate(99, 100, 0.1, 0) == pytest.approx(0.1 * 0.01**0.9)
+    assert learning_rate(1, 100, 0.1, 3) == pytest.approx(0.1 * 2 / 4 * 0.99**0.9)
+    # The warm-up takes at most a tenth of a run: of 20 steps 2, however long it was asked to be.
+    assert learning_rate(2, 20, 0.1, 200) == pytest.approx(0.1 * 0.9**0.9)
+
+
+def test_weight_decay_spares_depthwise_kernels_norms_and_biases():
+    model = FastSCNN(19, aux=True)
+    decayed, others = parameter_groups(model, 4e-5)
+    assert decayed["weight_decay"] == 4e-5 and others["weight_decay"] == 0
+    names = {id(p): name for name, p in model.named_parameters()}
+    spared = {names[id(p)] for p in others["params"]}
+    assert len(decayed["params"]) + len(spared) == len(names)
+    for name, p in model.named_parameters():
+        depthwise = p.ndim == 4 and p.shape[1] == 1
+        assert (name in spared) == (p.ndim == 1 or depthwise), name
+    assert sum(p.ndim == 4 for p in others["params"]) == 2 + 9 + 1 + 2  # depthwise kernels of the four stages
+
+
+def test_loss_weights_the_auxiliary_outputs_by_0_4():
+    target = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    target[0, 0, 0] = IGNORE
+    flat = torch.zeros(1, 2, 4, 4)  # two equal scores: ln 2 per pixel, of which 63 count
+    expected = 63 * torch.log(torch.tensor(2.0))
+    torch.testing.assert_close(loss_sum(flat, target), expected)
+    torch.testing.assert_close(loss_sum((flat, flat, flat[..., :1, :1]), target), 1.8 * expected)
+
+
+def test_mixed_precision_is_chosen_by_the_hardware(monkeypatch):
+    cpu = torch.device("cpu")
+    assert choose_amp("fp16", cpu) == "fp16" and choose_amp("off", cpu) == "off"
+    for capabilities, expected in (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "off")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c)
+        assert choose_amp("auto", cpu) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_learns_and_writes_what_it_says(drawn, tmp_path, capsys):
+    out = tmp_path / "runs"
+    assert run(drawn, out, epochs=5, keep=2, workers=1, base_lr=0.15) == 0
+    losses = [record["loss"] for record in records(out, "train")]
+    assert len(losses) == 15 and sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["4.pth", "5.pth", "best_model.pth"]
+    validated = records(out, "val")
+    assert [r["epoch"] for r in validated] == [1, 2, 3, 4, 5]
+    best = torch.load(out / "checkpoints/best_model.pth", weights_only=True)
+    assert best["miou"] == max(r["miou"] for r in validated)
+    assert best["classes"]["names"][0] == "road" and len(best["classes"]["colours"]) == 19
+    assert load_weights(out / "checkpoints/best_model.pth", num_classes=19).args["num_classes"] == 19
+    log = (out / "logs/train.log").read_text()
+    assert "learning rate 0.045 x 4 / 12 = 0.01500" in log and "processes 1" in log and "upsample_argmax=" in log
+    assert log.strip() in capsys.readouterr().out
+    result = run_script("eval.py", "--weights", out / "checkpoints/5.pth", "--data", drawn, "--device", "cpu")
+    assert last_json(result.stdout)["miou"] == pytest.approx(validated[-1]["miou"], abs=1e-3)
+
+
+def test_two_processes_take_the_steps_of_one(drawn, tmp_path):
+    # Batch normalisation is frozen, since PyTorch cannot synchronise it on the CPU; its statistics are set to fit first,
+    # by a run of one epoch, so that the frozen network is a sensible one.
+    common = {"augment": None, "dropout": 0, "freeze_bn": True, "epochs": 2}
+    argv = [f for f in flags(drawn, tmp_path / "one", **common)] + ["--no-augment"]
+    one = run_script("train.py", *argv)
+    argv = [f for f in flags(drawn, tmp_path / "two", **common)] + ["--no-augment"]
+    two = run_script("train.py", *argv, processes=2)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    losses = [[r["loss"] for r in records(tmp_path / name, "train")] for name in ("one", "two")]
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert records(tmp_path / "two", "val")[-1]["miou"] == pytest.approx(records(tmp_path / "one", "val")[-1]["miou"], abs=2e-3)
+    assert "no SyncBatchNorm on the CPU: each process normalises over its own 2 images" in two.stdout
+    assert "batch 4 = 2 x 2" in two.stdout
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(drawn, tmp_path, capsys):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert run(drawn, whole, epochs=4, keep=9) == 0
+    (resumed / "checkpoints").mkdir(parents=True)
+    shutil.copy(whole / "checkpoints/2.pth", resumed / "checkpoints")  # all that is left of a run stopped after epoch 2
+    assert run(drawn, resumed, epochs=4, keep=9, resume="auto") == 0
+    assert "resumed" in capsys.readouterr().out
+    a, b = (read_checkpoint(out / "checkpoints/4.pth") for out in (whole, resumed))
+    assert a["epoch"] == b["epoch"] and a["best_miou"] == b["best_miou"]
+    for name, value in a["model"].items():
+        assert torch.equal(value, b["model"][name]), name
+    momenta = [[state["momentum_buffer"] for state in c["optimizer"]["state"].values()] for c in (a, b)]
+    assert len(momenta[0]) > 100 and all(torch.equal(x, y) for x, y in zip(*momenta))
+    assert (
+        records(whole, "train")[6:]
+        == [  # but for the speed
+            {**r, "images_per_s": w["images_per_s"]} for r, w in zip(records(resumed, "train"), records(whole, "train")[6:])
+        ]
+    )
+
+
+def test_finished_run_resumes_to_nothing(drawn, tmp_path):
+    assert run(drawn, tmp_path / "r", epochs=1) == 0
+    before = (tmp_path / "r/checkpoints/1.pth").read_bytes()
+    assert run(drawn, tmp_path / "r", epochs=1, resume="auto") == 0
+    assert (tmp_path / "r/checkpoints/1.pth").read_bytes() == before
+
+
+def test_new_run_moves_an_earlier_one_aside(drawn, tmp_path):
+    assert run(drawn, tmp_path / "r", epochs=1) == 0
+    before = (tmp_path / "r/checkpoints/1.pth").read_bytes()
+    assert run(drawn, tmp_path / "r", epochs=1, seed=1) == 0
+    (earlier,) = (tmp_path / "r/earlier").iterdir()
+    assert (earlier / "checkpoints/1.pth").read_bytes() == before and (earlier / "logs/metrics.jsonl").exists()
+    assert len(records(tmp_path / "r", "val")) == 1
+
+
+def test_half_precision_with_a_static_loss_scale(drawn, tmp_path):
+    assert run(drawn, tmp_path / "r", epochs=1, amp="fp16", loss_scale=128) == 0
+    checkpoint = read_checkpoint(tmp_path / "r/checkpoints/1.pth")
+    assert checkpoint["scaler"]["scale"] == 128
+    losses = [r["loss"] for r in records(tmp_path / "r", "train")]
+    assert run(drawn, tmp_path / "s", epochs=1) == 0
+    assert losses == pytest.approx([r["loss"] for r in records(tmp_path / "s", "train")], rel=0.02)
+
+
+def test_gradient_of_the_global_mean_whatever_the_ignored_share(drawn, tmp_path):
+    # One process has most of its labels ignored: a mean of means would weight its few pixels far too much.
+    root = tmp_path / "uneven"
+    shutil.copytree(drawn, root)
+    for path in sorted((root / "gtFine/train/street").glob("*_labelIds.png"))[::2]:
+        label = Image.open(path)
+        label.paste(0, (0, 0, label.width, label.height - 8))
+        label.save(path)
+    common = {"dropout": 0, "freeze_bn": True, "epochs": 1}
+    for name, processes in (("one", 1), ("two", 2)):
+        done = run_script("train.py", *flags(root, tmp_path / name, **common), processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = (read_checkpoint(tmp_path / name / "checkpoints/1.pth")["model"] for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_own_folder_trains(folder_dataset, tmp_path):
+    assert run(folder_dataset, tmp_path / "r", dataset="folder", epochs=1, crop_size=(32, 48)) == 0
+    assert records(tmp_path / "r", "val")[0]["class_iou"].keys() == {"left", "middle", "right"}
+
+
+def test_real_cityscapes_trains_and_evaluates_at_full_size(cityscapes_sample, tmp_path):
+    assert (
+        run(cityscapes_sample, tmp_path / "r", epochs=2, batch_size=2, crop_size=(256, 512), val_every=2, workers=1, amp="auto")
+        == 0
+    )
+    losses = [r["loss"] for r in records(tmp_path / "r", "train")]
+    assert len(losses) == 4 and all(0 < loss < 10 for loss in losses)
+    (result,) = records(tmp_path / "r", "val")
+    assert 0 < result["pixel_accuracy"] < 1 and result["class_iou"]["train"] is None
+
+
+def test_camvid_trains(camvid, tmp_path):
+    root = tmp_path / "few"  # eight images of it, to be quick
+    for split in ("train", "val"):
+        for kind in (split, f"{split}annot"):
+            (root / kind).mkdir(parents=True)
+            for path in sorted((camvid / kind).iterdir())[:8]:
+                shutil.copy(path, root / kind)
+    assert run(root, tmp_path / "r", dataset="camvid", epochs=1, crop_size=(180, 240)) == 0
+    assert records(tmp_path / "r", "val")[0]["class_iou"].keys() == set(data.CAMVID.names)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch_size": 0}, "--batch-size 0 does not divide"),
+        ({"batch_size": 1}, "one image per process leaves batch normalisation"),
+        ({"epochs": 0}, "--epochs is 0, expected at least 1"),
+        ({"crop_size": (16, 64)}, "--crop-size is 16 64, expected at least 32"),
+        ({"scale_range": (2.0, 0.5)}, "--scale-range is 2.0 0.5"),
+        ({"loss_scale": "large"}, "--loss-scale is large, expected dynamic or a positive number"),
+        ({"split": "trian"}, "no images"),
+        ({"dataset": "voc"}, "dataset 'voc' is unknown"),
+        ({"resume": "/none/3.pth"}, "/none/3.pth: no such checkpoint"),
+        ({"base_lr": 1e30, "warmup_steps": 0}, "loss is nan"),
+        ({"amp": "int8"}, "invalid choice: 'int8'"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_status_2(drawn, tmp_path, capsys, changes, message):
+    assert run(drawn, tmp_path / "r", **changes) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("train.py: ") and error.count("\n") == 1
+    assert not list(tmp_path.rglob("*.pth")) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_batch_that_does_not_divide_over_the_processes(drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert run(drawn, tmp_path / "r", batch_size=12) == 2
+    assert "--batch-size 12 does not divide over 8 processes; give e.g. 8" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_defaults_divide_over_the_usual_numbers_of_processes(world_size):
+    train.check_args(train.get_args_parser().parse_args([]), world_size)
+
+
+def test_resume_refuses_what_does_not_continue_this_run(drawn, folder_dataset, tmp_path, capsys):
+    assert run(drawn, tmp_path / "r", epochs=1) == 0
+    checkpoint = tmp_path / "r/checkpoints/1.pth"
+    before = {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()}
+
+    def refused(message, root=drawn, **changes):
+        capsys.readouterr()
+        assert run(root, tmp_path / "r", **changes) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+
+    refused("num_classes 19 (here 3)", root=folder_dataset, dataset="folder", resume=checkpoint)
+    refused("dropout 0.1 (here 0.5)", dropout=0.5, resume=checkpoint)
+    refused("so no training state; take a numbered one", resume=tmp_path / "r/checkpoints/best_model.pth")
+    other = tmp_path / "other"
+    shutil.copytree(drawn, other)
+    refused("was trained on", root=other, resume="auto")
+    checkpoint.write_bytes(before[checkpoint][:-100])
+    refused("1.pth: truncated or no checkpoint", resume="auto")
+    before.pop(checkpoint)
+    assert all(p.read_bytes() == content for p, content in before.items())
+
+
+def test_nothing_to_resume_is_said(drawn, tmp_path, capsys):
+    assert run(drawn, tmp_path / "r", epochs=1, resume="auto") == 0
+    assert "nothing to resume in" in capsys.readouterr().out
+
+
+def test_split_without_a_label_stops_with_a_message(drawn, tmp_path, capsys):
+    root = tmp_path / "void"
+    shutil.copytree(drawn, root)
+    for path in (root / "gtFine/val/street").glob("*_labelIds.png"):
+        Image.new("L", (192, 96), 0).save(path)
+    assert run(root, tmp_path / "r", epochs=1) == 2
+    assert "no pixel of split val has a label" in capsys.readouterr().err
+
+
+def test_frozen_batch_norm_keeps_its_statistics(drawn, tmp_path):
+    assert run(drawn, tmp_path / "r", epochs=1, freeze_bn=True) == 0
+    state = read_checkpoint(tmp_path / "r/checkpoints/1.pth")["model"]
+    assert all((state[name] == 0).all() for name in state if name.endswith("running_mean"))
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in FastSCNN(aux=True).modules()) == sum(
+        n.endswith("running_mean") for n in state
+    )
