@@ -203,9 +203,14 @@ def _pair(image_dir: Path, image_glob: str, image_end: str, label_dir: Path, lab
 
     def listing(folder: Path, glob: str, end: str) -> dict[str, Path]:
         paths = sorted(p for p in folder.glob(glob) if p.suffix.lower() in IMAGE_SUFFIXES)
-        if end:
-            return {p.relative_to(folder).as_posix().removesuffix(end): p for p in paths}
-        return {p.relative_to(folder).with_suffix("").as_posix(): p for p in paths}
+        names: dict[str, Path] = {}
+        for path in paths:
+            relative = path.relative_to(folder)
+            name = relative.as_posix().removesuffix(end) if end else relative.with_suffix("").as_posix()
+            if name in names:
+                raise DataError(f"{path}: has the same name as {names[name]}; rename or remove one")
+            names[name] = path
+        return names
 
     images, labels = listing(image_dir, image_glob, image_end), listing(label_dir, label_glob, label_end)
     if not images:
@@ -223,8 +228,11 @@ def _pair(image_dir: Path, image_glob: str, image_end: str, label_dir: Path, lab
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An RGB image. Raises DataError where the file cannot be decoded."""
-    return _decode(path).convert("RGB")
+    """An RGB image. Raises DataError where the file cannot be decoded or has more than 8 bits per channel."""
+    image = _decode(path)
+    if image.mode.startswith(("I", "F")):  # convert() would clip nearly all of it to white
+        raise DataError(f"{path}: image of mode {image.mode}, expected 8 bits per channel; convert it")
+    return image.convert("RGB")
 
 
 def read_label(path: str | Path, table: bytes) -> Image.Image:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -47,19 +48,29 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def exit_status(program: str, main: Callable[[], None]) -> int:
-    """Runs `main`. What the user can mend becomes one line on stderr and status 2; faults keep their traceback."""
+    """Runs `main`, then leaves the process group if it joined one.
+
+    What the user can mend becomes one line on stderr and status 2; faults keep their traceback.
+    """
+    rank = os.environ.get("RANK", "0")
     try:
         main()
         return 0
     except (UsageError, DataError, CheckpointError, OSError) as error:
+        if rank != "0" and not dist.is_initialized():
+            # What is wrong before the processes meet is wrong for all of them: process 0 says it, and torchrun then ends
+            # the others. One that outlives this pause has an error of its own.
+            time.sleep(10)
         # An error that crossed from a loader's worker carries that process' traceback, its own text in the last line.
         line = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-        rank = f" [process {os.environ['RANK']}]" if os.environ.get("RANK", "0") != "0" else ""
-        print(f"{program}{rank}: {line}", file=sys.stderr)
+        print(f"{program}{'' if rank == '0' else f' [process {rank}]'}: {line}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------- devices and processes
@@ -98,12 +109,6 @@ def start_processes(device_name: str | None) -> tuple[torch.device, int, int]:
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def stop_processes() -> None:
-    """Leaves the group that `start_processes` joined, if it did."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 # ---------------------------------------------------------------------------------------------------------------- metrics
 
 
@@ -125,17 +130,26 @@ def evaluate(
         dataset: the split; images may differ in size.
         device: where the confusion matrix is accumulated.
         workers: processes that decode images, per process.
+        rank, world_size: which share of the images is this process'.
+        progress: show a progress bar on a terminal.
         sheet: gathers the first pictures of rank 0.
 
     Returns:
         (num_classes, num_classes) int64 on the CPU, rows are the truth; the same in every process.
+
+    Raises:
+        DataError: a file cannot be read, or an image is smaller than the network takes.
     """
     num_classes = len(dataset.classes.names)
     indices = range(rank, len(dataset), world_size)
     # No padding to an even share: unlike torch's DistributedSampler no image is counted twice.
     loader = torch.utils.data.DataLoader(dataset, batch_size=1, sampler=indices, num_workers=min(workers, len(indices)))
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    for image, label in tqdm(loader, "evaluation", unit="image", leave=False, disable=None if progress and rank == 0 else True):
+    loader = tqdm(loader, "evaluation", unit="image", leave=False, disable=None if progress and rank == 0 else True)
+    for index, (image, label) in zip(indices, loader):
+        if min(label.shape[1:]) < MIN_SIZE:
+            height, width = label.shape[1:]
+            raise DataError(f"{dataset.samples[index].image}: {width}x{height} pixels, expected at least {MIN_SIZE}x{MIN_SIZE}")
         prediction = segment(image)
         confusion += confusion_matrix(prediction, label.to(device), num_classes, IGNORE)
         if sheet is not None:
@@ -253,6 +267,12 @@ def run_evaluation(args: argparse.Namespace) -> dict:
     checkpoint = read_checkpoint(args.weights)
     dataset = open_dataset(args.dataset, args.data, args.split)
     model = build_from_checkpoint(checkpoint, args.weights, num_classes=len(dataset.classes.names))
+    names = checkpoint.get("classes", {}).get("names", list(dataset.classes.names))
+    differing = [f"{was} (here {now})" for was, now in zip(names, dataset.classes.names) if was != now]
+    if differing:
+        raise CheckpointError(
+            f"{args.weights}: has other classes, such as {differing[0]}; choose the dataset it was trained on"
+        )
     device, rank, world_size = start_processes(args.device)
     segment = accelerate(model, device=device, autocast=AMP_DTYPES[args.amp], mean=MEAN, std=STD)
     sheet = ContactSheet(dataset.classes, args.sheet_rows) if args.sheet and rank == 0 else None
@@ -304,10 +324,10 @@ def run_prediction(args: argparse.Namespace) -> dict:
 
 def run_benchmark(args: argparse.Namespace) -> dict:
     """Latency from an RGB uint8 image in memory to a uint8 label map in memory, warm-up apart."""
-    if min(args.size) < MIN_SIZE or args.batch_size < 1:
-        raise UsageError(f"--size must be at least {MIN_SIZE} {MIN_SIZE} pixels and --batch-size at least 1")
+    if min(args.size) < MIN_SIZE:
+        raise UsageError(f"--size is {args.size[0]} {args.size[1]}, expected at least {MIN_SIZE} pixels each")
     model = build_from_checkpoint(read_checkpoint(args.weights), args.weights) if args.weights else FastSCNN()
-    device, _, _ = start_processes(args.device)
+    device, rank, _ = start_processes(args.device)
     segment = accelerate(model, device=device, autocast=AMP_DTYPES[args.amp], mean=MEAN, std=STD)
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (args.batch_size, *args.size, 3), np.uint8))
     times = []
@@ -316,7 +336,7 @@ def run_benchmark(args: argparse.Namespace) -> dict:
         segment(images).cpu()  # the copy back waits for the device
         times.append(1000 * (time.perf_counter() - start))
     times = sorted(times[args.warmup :])
-    latency_ms = {"median": statistics.median(times), "p95": times[int(0.95 * (len(times) - 1))], "min": times[0]}
+    latency_ms = {"median": statistics.median(times), "p95": times[math.ceil(0.95 * (len(times) - 1))], "min": times[0]}
     result = {
         "device": device.type if device.type == "cpu" else torch.get_device_module(device).get_device_name(device),
         "precision": "fp32" if args.amp == "off" else args.amp,
@@ -324,9 +344,10 @@ def run_benchmark(args: argparse.Namespace) -> dict:
         "batch_size": args.batch_size,
         "latency_ms": {name: round(value, 3) for name, value in latency_ms.items()},
         "fps": round(1000 * args.batch_size / latency_ms["median"], 3),
-        "params": sum(p.numel() for p in model.parameters()),
+        "params": sum(p.numel() for name, p in model.named_parameters() if not name.startswith("aux_")),
     }
-    print(f"{args.size[0]}x{args.size[1]}, batch {args.batch_size}: {latency_ms['median']:.1f} ms, {result['fps']:.1f} fps")
+    if rank == 0:
+        print(f"{args.size[0]}x{args.size[1]}, batch {args.batch_size}: {latency_ms['median']:.1f} ms, {result['fps']:.1f} fps")
     return result
 
 
@@ -362,13 +383,13 @@ def main(argv: list[str] | None = None) -> None:
     args.data = args.data or f"datasets/{args.dataset}"
     if not args.weights and not args.benchmark:
         raise UsageError("--weights FILE is missing; train.py writes runs/checkpoints/best_model.pth")
+    for name, least in (("workers", 0), ("sheet_rows", 1), ("batch_size", 1), ("repeats", 1), ("warmup", 0)):
+        if getattr(args, name) < least:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
     mode = run_benchmark if args.benchmark else run_prediction if args.predict else run_evaluation
-    try:
-        result = mode(args)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            print(json.dumps(result), flush=True)
-    finally:
-        stop_processes()
+    result = mode(args)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

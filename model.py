@@ -290,9 +290,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         raise CheckpointError(f"{path}: is a folder; give the path of a .pth file in it") from None
     except PermissionError:
         raise
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: truncated or no checkpoint ({reason[:120]}); take another file") from error
+    except Exception as error:  # there is no kind of error that a damaged pickle cannot raise
+        reason = "not the plain tensors of a checkpoint" if isinstance(error, pickle.UnpicklingError) else f"{error!r:.100}"
+        reason = " ".join(reason.split())
+        raise CheckpointError(f"{path}: truncated or no checkpoint ({reason}); take another file") from error
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         found = ", ".join(map(str, list(checkpoint)[:4])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise CheckpointError(

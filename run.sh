@@ -30,7 +30,8 @@ set_up() { # requirements file; leaves the interpreter in $python
     fi
   fi
   python=.venv/bin/python
-  local stamp=.venv/installed-$(cat requirements.txt "$1" | cksum | tr ' ' '-')
+  local stamp
+  stamp=.venv/installed-$(cat requirements.txt "$1" | cksum | tr ' ' '-')
   if [ -e "$stamp" ]; then return; fi
   echo "run.sh: installing $1 into .venv (torch is large: about two minutes on a fast network)"
   if ! "$python" -m pip install --quiet --disable-pip-version-check --requirement "$1"; then
@@ -40,8 +41,12 @@ set_up() { # requirements file; leaves the interpreter in $python
   touch "$stamp"
 }
 
+devices() { # how many accelerators there are, at least 1
+  "$python" -c 'import torch; print(max(1, torch.accelerator.device_count()))'
+}
+
 train() { # flags of train.py; one process for each device
-  local count=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.accelerator.device_count()))')}
+  local count=${NPROC:-$(devices)}
   if [ "$count" = 1 ]; then
     "$python" train.py "$@"
   else
@@ -50,15 +55,22 @@ train() { # flags of train.py; one process for each device
 }
 
 main_job() {
-  local data=datasets/cityscapes
-  local flags=()
-  if [ ! -d "$data" ]; then
+  local data=datasets/cityscapes flags=() resume=(--resume auto)
+  if [ -d "$data" ]; then
+    if [ -z "${NPROC:-}" ]; then # as many processes as share the default batch of 16 evenly
+      NPROC=$(devices)
+      while ((16 % NPROC)); do NPROC=$((NPROC - 1)); done
+    fi
+  else
     data=datasets/streets
     echo "run.sh: no datasets/cityscapes here: taking drawn street scenes"
     [ -d "$data" ] || "$python" tests/streets.py "$data"
-    flags=(--epochs 20 --batch-size 8 --base-lr 0.09 --crop-size 256 512 --scale-range 0.75 1.75 --val-every 5)
+    NPROC=${NPROC:-1}
+    flags=(--epochs 12 --batch-size 4 --base-lr 0.135 --crop-size 256 512 --scale-range 0.75 1.75 --val-every 4)
   fi
-  train --data "$data" --resume auto "${flags[@]}"
+  # What another run left in runs/ is not gone on with; train.py then moves it to runs/earlier.
+  grep -qs " data=$data " runs/logs/train.log || resume=()
+  train --data "$data" ${resume[@]+"${resume[@]}"} ${flags[@]+"${flags[@]}"}
   "$python" eval.py --weights runs/checkpoints/best_model.pth --data "$data" --sheet runs/sheet.png
   cat <<TEXT
 

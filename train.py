@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data import IGNORE, MEAN, STD, Augmentation, Classes, SegmentationDataset, TrainBatches, normalise, open_dataset
-from eval import AMP_DTYPES, OneLineParser, UsageError, evaluate, exit_status, metrics, start_processes, stop_processes
+from eval import AMP_DTYPES, OneLineParser, UsageError, evaluate, exit_status, metrics, start_processes
 from model import VARIANTS, CheckpointError, FastSCNN, read_checkpoint
 from ops_ext import accelerate, implementations, upsample_cross_entropy
 
@@ -102,9 +103,15 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
     if args.batch_size < 1 or args.batch_size % world_size:
         fitting = max(1, args.batch_size // world_size) * world_size
         raise UsageError(f"--batch-size {args.batch_size} does not divide over {world_size} processes; give e.g. {fitting}")
-    for name in ("epochs", "val_every", "log_every", "keep"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    for least, names in (
+        (1, ("epochs", "val_every", "log_every", "keep")),
+        (0, ("workers", "warmup_steps", "momentum", "weight_decay", "dropout", "base_lr", "seed")),
+    ):
+        for name in names:
+            if getattr(args, name) < least:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
+    if args.dropout >= 1:
+        raise UsageError(f"--dropout is {args.dropout}, expected less than 1")
     if min(args.crop_size) < 32:
         raise UsageError(f"--crop-size is {args.crop_size[0]} {args.crop_size[1]}, expected at least 32 pixels each")
     if not 0 < args.scale_range[0] <= args.scale_range[1]:
@@ -153,7 +160,11 @@ def choose_amp(name: str, device: torch.device) -> str:
         capabilities = torch.cpu.get_capabilities()
         return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "off"
     supported = getattr(torch.get_device_module(device), "is_bf16_supported", lambda: False)
-    return "bf16" if supported() else "fp16"
+    try:
+        native = supported(including_emulation=False)  # CUDA's also counts GPUs that compute bf16 in float32, slowly
+    except TypeError:
+        native = supported()
+    return "bf16" if native else "fp16"
 
 
 # -------------------------------------------------------------------------------------------------------------- one epoch
@@ -271,7 +282,7 @@ def train_one_epoch(run: Run, loader: Iterable[tuple[Tensor, Tensor]], epoch: in
             if not np.isfinite(mean_loss):
                 raise UsageError(
                     f"loss is {mean_loss} within the {steps_in_total} steps before step {step}, in epoch {epoch}; lower "
-                    "--base-lr, or try --amp off; what was saved before is in --out and can be resumed"
+                    "--base-lr, or try --amp off; an earlier checkpoint in --out can be resumed"
                 )
             rate, left_s = progress.report(step)
             run.log.line(
@@ -281,6 +292,10 @@ def train_one_epoch(run: Run, loader: Iterable[tuple[Tensor, Tensor]], epoch: in
             run.log.record(kind="train", epoch=epoch, step=step, loss=mean_loss, lr=lr, images_per_s=rate)
             loss_total.zero_()
             steps_in_total = 0
+    if not all(torch.isfinite(p).all() for p in run.model.parameters()):
+        raise UsageError(
+            f"weights are no finite numbers after epoch {epoch}; resume an earlier checkpoint with a lower --base-lr"
+        )
 
 
 def validate(run: Run, dataset: SegmentationDataset) -> dict:
@@ -290,7 +305,7 @@ def validate(run: Run, dataset: SegmentationDataset) -> dict:
         UsageError: no pixel of the split has a label.
     """
     if run.world_size > 1 and not run.syncs_bn:
-        for buffer in run.model.buffers():  # each process has its own statistics: those of rank 0 count, and are saved
+        for buffer in run.model.buffers():  # they differ by the last step: the statistics of rank 0 count, and are saved
             dist.broadcast(buffer, 0)
     segment = accelerate(run.model, device=run.device, autocast=run.amp_dtype, mean=MEAN, std=STD)
     confusion = evaluate(
@@ -372,16 +387,36 @@ def save_epoch(run: Run, classes: Classes, epoch: int, result: dict | None, best
     return best_miou
 
 
-def set_earlier_run_aside(out: Path) -> Path | None:
-    """Moves what an earlier run left in `out` to out/earlier/TIME, so that a new run destroys nothing."""
-    left = [out / name for name in ("checkpoints", "logs") if (out / name).exists()]
-    if not left:
-        return None
-    target = out / "earlier" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    target.mkdir(parents=True)
-    for folder in left:
-        folder.rename(target / folder.name)
-    return target
+def prepare_output(out: Path, resumed: tuple[Path, dict] | None) -> list[str]:
+    """Makes the folders below `out`, and moves what this run would overwrite or mix with to out/earlier/TIME.
+
+    That is a whole earlier run, unless this run goes on from a checkpoint of it; then it is checkpoints of later epochs.
+    Log records of epochs that will be done again are dropped. Returns what was done, in lines for people.
+    """
+    folder, logs = out / "checkpoints", out / "logs"
+    continues = resumed is not None and resumed[0].resolve().parent == folder.resolve()
+    if continues:
+        epoch = resumed[1]["epoch"]
+        stale = [path for path in numbered_checkpoints(folder) if int(path.stem) > epoch]
+        if (logs / "metrics.jsonl").exists():
+            lines = (logs / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epoch]
+            (logs / "metrics.jsonl").write_text("".join(kept), encoding="utf-8")
+    else:
+        stale = [path for path in (folder, logs) if path.exists()]
+    notes = []
+    if stale:
+        earlier = out / "earlier" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+        earlier.mkdir(parents=True)
+        for path in stale:
+            path.rename(earlier / path.name)
+        notes.append(f"moved {', '.join(path.name for path in stale)} of an earlier run to {earlier}")
+    folder.mkdir(parents=True, exist_ok=True)
+    best = resumed and resumed[0].with_name("best_model.pth")
+    if best and not continues and best.exists():
+        shutil.copy(best, folder)
+        notes.append(f"copied {best}")
+    return notes
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
@@ -459,12 +494,10 @@ def main(argv: list[str] | None = None) -> None:
                 "one image per process leaves batch normalisation of the pyramid's 1x1 bin a single value; give "
                 f"--batch-size {2 * world_size} or more"
             )
-        moved = set_earlier_run_aside(out) if rank == 0 and not resumed else None
-        if rank == 0:
-            (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        notes = prepare_output(out, resumed) if rank == 0 else []
         log = Log(out / "logs", rank)
-        if moved:
-            log.line(f"an earlier run was moved to {moved}")
+        for note in notes:
+            log.line(note)
 
         batches = TrainBatches(len(train_set), args.batch_size, seed=args.seed, rank=rank, world_size=world_size)
         loader = torch.utils.data.DataLoader(
@@ -473,6 +506,7 @@ def main(argv: list[str] | None = None) -> None:
             num_workers=args.workers,
             pin_memory=device.type != "cpu",
             persistent_workers=args.workers > 0,
+            generator=torch.Generator(),  # else a process' first epoch draws one number more of those that dropout uses
         )
         model.to(device, memory_format=torch.channels_last)
         if syncs_bn:
@@ -485,12 +519,17 @@ def main(argv: list[str] | None = None) -> None:
         if resumed:
             path, checkpoint = resumed
             model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            scaler.load_state_dict(checkpoint["scaler"])
+            # The momenta are the checkpoint's, the hyper-parameters those of this run's flags.
+            optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+            if scaler.is_enabled() and checkpoint["scaler"]:
+                scaler.load_state_dict(checkpoint["scaler"])
             first_epoch, best_miou = checkpoint["epoch"] + 1, checkpoint["best_miou"]
             before = {name: value for name, value in checkpoint["args"].items() if name != "resume"}
             changed = [f"{name} {was} -> {vars(args).get(name)}" for name, was in before.items() if was != vars(args).get(name)]
             log.line(f"resumed {path} after epoch {checkpoint['epoch']}; changed: {', '.join(changed) or 'nothing'}")
+            if rank == 0 and best_miou >= 0 and not (out / "checkpoints" / "best_model.pth").exists():
+                log.line("there is no best_model.pth to go with it: the best of what follows will be it")
+                best_miou = -1.0
         elif args.resume:
             log.line(f"nothing to resume in {out / 'checkpoints'}: beginning anew")
 
@@ -508,19 +547,19 @@ def main(argv: list[str] | None = None) -> None:
             batches.set_epoch(epoch)
             train_one_epoch(run, loader, epoch, progress)
             result = None
-            if epoch % args.val_every == 0 or epoch == args.epochs:
-                result = validate(run, val_set)
-                log.line(
-                    f"epoch {epoch}/{args.epochs}  mIoU {result['miou']:.4f}  pixel accuracy {result['pixel_accuracy']:.4f}"
-                )
-                log.record(kind="val", epoch=epoch, step=epoch * len(batches), **result)
-                progress.pause()
-            best_miou = save_epoch(run, train_set.classes, epoch, result, best_miou)
+            try:
+                if epoch % args.val_every == 0 or epoch == args.epochs:
+                    result = validate(run, val_set)
+                    figures = f"mIoU {result['miou']:.4f}  pixel accuracy {result['pixel_accuracy']:.4f}"
+                    log.line(f"epoch {epoch}/{args.epochs}  {figures}")
+                    log.record(kind="val", epoch=epoch, step=epoch * len(batches), **result)
+                    progress.pause()
+            finally:  # an image that cannot be read does not cost the epoch
+                best_miou = save_epoch(run, train_set.classes, epoch, result, best_miou)
         log.line(f"done: best mIoU {best_miou:.4f}, {out / 'checkpoints' / 'best_model.pth'}")
     finally:
         if log is not None:
             log.close()
-        stop_processes()
 
 
 if __name__ == "__main__":

@@ -153,7 +153,8 @@ def cut(path, target):
         (lambda w, d, t: ["--weights", w, "--data", d, "--colour"], "unrecognized arguments: --colour"),
         (lambda w, d, t: ["--weights", w, "--predict", t / "none.png", "--out", t / "o"], "none.png: no such picture"),
         (lambda w, d, t: ["--weights", w, "--predict", t, "--out", t / "o"], "no pictures in this folder"),
-        (lambda w, d, t: ["--benchmark", "--size", "16", "64"], "--size must be at least 32 32"),
+        (lambda w, d, t: ["--benchmark", "--size", "16", "64"], "--size is 16 64, expected at least 32 pixels each"),
+        (lambda w, d, t: ["--benchmark", "--repeats", "0"], "--repeats is 0, expected at least 1"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_status_2(weights, drawn, tmp_path, capsys, flags, message):
@@ -168,6 +169,31 @@ def test_another_class_count_is_refused(weights, folder_dataset, capsys):
     argv = ["--weights", str(weights), "--dataset", "folder", "--data", str(folder_dataset)]
     assert exit_status("eval.py", lambda: evaluation.main(argv)) == 2
     assert "has 19 classes, expected 3" in capsys.readouterr().err
+
+
+def test_other_classes_of_the_same_number_are_refused(folder_dataset, tmp_path, capsys):
+    model, classes = FastSCNN(3), {"names": ["left", "right", "middle"], "colours": [[0, 0, 0]] * 3, "categories": []}
+    torch.save({"model": model.state_dict(), "model_args": model.args, "classes": classes}, tmp_path / "w.pth")
+    argv = ["--weights", str(tmp_path / "w.pth"), "--dataset", "folder", "--data", str(folder_dataset)]
+    assert exit_status("eval.py", lambda: evaluation.main(argv)) == 2
+    assert "w.pth: has other classes, such as right (here middle)" in capsys.readouterr().err
+
+
+def test_contact_sheet_of_an_evaluation(weights, drawn, tmp_path):
+    argv = [
+        "--weights",
+        str(weights),
+        "--data",
+        str(drawn),
+        "--sheet",
+        str(tmp_path / "s.png"),
+        "--sheet-rows",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    assert exit_status("eval.py", lambda: evaluation.main(argv)) == 0
+    assert Image.open(tmp_path / "s.png").size == (4 + 3 * 388, 16 + 4 + 2 * (192 + 4))
 
 
 def test_error_in_a_loader_process_is_one_line_too(weights, folder_dataset, tmp_path):

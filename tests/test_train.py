@@ -99,15 +99,14 @@ def test_a_run_learns_and_writes_what_it_says(drawn, tmp_path, capsys):
     assert best["classes"]["names"][0] == "road" and len(best["classes"]["colours"]) == 19
     assert load_weights(out / "checkpoints/best_model.pth", num_classes=19).args["num_classes"] == 19
     log = (out / "logs/train.log").read_text()
-    assert "learning rate 0.045 x 4 / 12 = 0.01500" in log and "processes 1" in log and "upsample_argmax=" in log
+    assert "learning rate 0.15 x 4 / 12 = 0.05000" in log and "processes 1" in log and "upsample_argmax=" in log
     assert log.strip() in capsys.readouterr().out
     result = run_script("eval.py", "--weights", out / "checkpoints/5.pth", "--data", drawn, "--device", "cpu")
     assert last_json(result.stdout)["miou"] == pytest.approx(validated[-1]["miou"], abs=1e-3)
 
 
 def test_two_processes_take_the_steps_of_one(drawn, tmp_path):
-    # Batch normalisation is frozen, since PyTorch cannot synchronise it on the CPU; its statistics are set to fit first,
-    # by a run of one epoch, so that the frozen network is a sensible one.
+    # Batch normalisation is frozen, since PyTorch cannot synchronise it on the CPU.
     common = {"augment": None, "dropout": 0, "freeze_bn": True, "epochs": 2}
     argv = [f for f in flags(drawn, tmp_path / "one", **common)] + ["--no-augment"]
     one = run_script("train.py", *argv)
@@ -122,25 +121,51 @@ def test_two_processes_take_the_steps_of_one(drawn, tmp_path):
     assert "batch 4 = 2 x 2" in two.stdout
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(drawn, tmp_path, capsys):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_interrupted_and_resumed_equals_uninterrupted(drawn, tmp_path, capsys, workers):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    assert run(drawn, whole, epochs=4, keep=9) == 0
+    assert run(drawn, whole, epochs=4, keep=9, workers=workers) == 0
     (resumed / "checkpoints").mkdir(parents=True)
     shutil.copy(whole / "checkpoints/2.pth", resumed / "checkpoints")  # all that is left of a run stopped after epoch 2
-    assert run(drawn, resumed, epochs=4, keep=9, resume="auto") == 0
-    assert "resumed" in capsys.readouterr().out
+    assert run(drawn, resumed, epochs=4, keep=9, resume="auto", workers=workers) == 0
+    output = capsys.readouterr().out
+    assert "2.pth after epoch 2; changed: out" in output and "there is no best_model.pth to go with it" in output
     a, b = (read_checkpoint(out / "checkpoints/4.pth") for out in (whole, resumed))
-    assert a["epoch"] == b["epoch"] and a["best_miou"] == b["best_miou"]
+    assert a["epoch"] == b["epoch"] == 4
     for name, value in a["model"].items():
         assert torch.equal(value, b["model"][name]), name
     momenta = [[state["momentum_buffer"] for state in c["optimizer"]["state"].values()] for c in (a, b)]
     assert len(momenta[0]) > 100 and all(torch.equal(x, y) for x, y in zip(*momenta))
-    assert (
-        records(whole, "train")[6:]
-        == [  # but for the speed
-            {**r, "images_per_s": w["images_per_s"]} for r, w in zip(records(resumed, "train"), records(whole, "train")[6:])
-        ]
-    )
+    assert [(r["step"], r["loss"], r["lr"]) for r in records(whole, "train")[6:]] == [
+        (r["step"], r["loss"], r["lr"]) for r in records(resumed, "train")
+    ]
+    assert records(whole, "val")[2:] == records(resumed, "val")
+    assert load_weights(resumed / "checkpoints/best_model.pth")
+
+
+def test_resuming_elsewhere_takes_the_best_model_along(drawn, tmp_path):
+    assert run(drawn, tmp_path / "a", epochs=2) == 0
+    assert run(drawn, tmp_path / "b", epochs=1, seed=5) == 0  # another run, where the resumed one will be written
+    other = (tmp_path / "b/checkpoints/1.pth").read_bytes()
+    assert run(drawn, tmp_path / "b", epochs=2, resume=tmp_path / "a/checkpoints/2.pth") == 0
+    same = (tmp_path / "b/checkpoints/best_model.pth", tmp_path / "a/checkpoints/best_model.pth")
+    assert same[0].read_bytes() == same[1].read_bytes()
+    assert [p.read_bytes() for p in (tmp_path / "b/earlier").rglob("1.pth")] == [other]
+
+
+def test_going_back_in_a_run_moves_later_checkpoints_aside(drawn, tmp_path):
+    assert run(drawn, tmp_path / "r", epochs=3, keep=9) == 0
+    assert run(drawn, tmp_path / "r", epochs=3, keep=9, resume=tmp_path / "r/checkpoints/1.pth", weight_decay=0.1) == 0
+    assert sorted(p.name for p in (tmp_path / "r/earlier").rglob("*.pth")) == ["2.pth", "3.pth"]
+    assert [r["epoch"] for r in records(tmp_path / "r", "val")] == [1, 2, 3]  # no epoch twice
+    decays = [g["weight_decay"] for g in read_checkpoint(tmp_path / "r/checkpoints/3.pth")["optimizer"]["param_groups"]]
+    assert decays == [0.1, 0]  # the flag counts, not the checkpoint
+
+
+def test_resuming_in_another_precision(drawn, tmp_path):
+    assert run(drawn, tmp_path / "r", epochs=1) == 0
+    assert run(drawn, tmp_path / "r", epochs=2, resume="auto", amp="fp16", loss_scale=128) == 0
+    assert run(drawn, tmp_path / "r", epochs=3, resume="auto", amp="bf16") == 0
 
 
 def test_finished_run_resumes_to_nothing(drawn, tmp_path):
@@ -229,6 +254,9 @@ def test_camvid_trains(camvid, tmp_path):
         ({"resume": "/none/3.pth"}, "/none/3.pth: no such checkpoint"),
         ({"base_lr": 1e30, "warmup_steps": 0}, "loss is nan"),
         ({"amp": "int8"}, "invalid choice: 'int8'"),
+        ({"workers": -1}, "--workers is -1, expected at least 0"),
+        ({"base_lr": -1}, "--base-lr is -1.0, expected at least 0"),
+        ({"dropout": 1}, "--dropout is 1.0, expected less than 1"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_status_2(drawn, tmp_path, capsys, changes, message):
@@ -243,6 +271,50 @@ def test_batch_that_does_not_divide_over_the_processes(drawn, tmp_path, monkeypa
     assert run(drawn, tmp_path / "r", batch_size=12) == 2
     assert "--batch-size 12 does not divide over 8 processes; give e.g. 8" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+def test_processes_say_what_is_wrong_once(drawn, tmp_path):
+    done = run_script("train.py", *flags(drawn, tmp_path / "r", batch_size=3), processes=2)
+    said = [line for line in done.stderr.splitlines() if line.startswith("train.py")]
+    assert done.returncode != 0 and said == ["train.py: --batch-size 3 does not divide over 2 processes; give e.g. 2"]
+    assert not (tmp_path / "r").exists()
+
+
+def broken_data(root, what):
+    """Spoils one file of an own dataset of 48x64 images; the name of the file that an error must mention."""
+    label, image = root / "labels/train/1.png", root / "images/train/1.png"
+    if what == "stray value":
+        Image.new("L", (64, 48), 77).save(label)
+    elif what == "size":
+        Image.new("L", (64, 47)).save(label)
+    elif what == "truncated":
+        image.write_bytes(image.read_bytes()[:60])
+        return image
+    elif what == "no label":
+        label.unlink()
+        return image
+    elif what == "no image":
+        image.unlink()
+    return label
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("what", ["stray value", "size", "truncated", "no label", "no image"])
+def test_bad_data_is_one_line_and_leaves_no_checkpoint(folder_dataset, tmp_path, capsys, what, workers):
+    name = broken_data(folder_dataset, what)
+    assert run(folder_dataset, tmp_path / "r", dataset="folder", crop_size=(32, 48), workers=workers) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"train.py: {name}: ") and error.count("\n") == 1
+    assert not list((tmp_path / "r").rglob("*.pth"))
+
+
+def test_bad_validation_image_does_not_cost_the_epoch(folder_dataset, tmp_path, capsys):
+    for kind in ("images", "labels"):
+        path = folder_dataset / kind / "val/0.png"
+        Image.open(path).crop((0, 0, 64, 20)).save(path)
+    assert run(folder_dataset, tmp_path / "r", dataset="folder", epochs=1, crop_size=(32, 48)) == 2
+    assert "images/val/0.png: 64x20 pixels, expected at least 32x32" in capsys.readouterr().err
+    assert (tmp_path / "r/checkpoints/1.pth").exists()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
