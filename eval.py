@@ -48,13 +48,15 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def exit_status(program: str, main: Callable[[], None]) -> int:
-    """Runs `main`, then leaves the process group if it joined one.
+    """Runs `main`, then leaves the process group that it joined, if any.
 
     What the user can mend becomes one line on stderr and status 2; faults keep their traceback.
     """
     rank = os.environ.get("RANK", "0")
     try:
         main()
+        if dist.is_initialized():  # not after an error: other processes may be waiting within a collective, and this one too
+            dist.destroy_process_group()
         return 0
     except (UsageError, DataError, CheckpointError, OSError) as error:
         if rank != "0" and not dist.is_initialized():
@@ -68,9 +70,6 @@ def exit_status(program: str, main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------- devices and processes
