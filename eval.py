@@ -64,7 +64,8 @@ def exit_status(program: str, main: Callable[[], None]) -> int:
             # the others. One that outlives this pause has an error of its own.
             time.sleep(10)
         # An error that crossed from a loader's worker carries that process' traceback, its own text in the last line.
-        line = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        text = str(error).strip() or repr(error)
+        line = text.splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
         print(f"{program}{'' if rank == '0' else f' [process {rank}]'}: {line}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
@@ -385,6 +386,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, least in (("workers", 0), ("sheet_rows", 1), ("batch_size", 1), ("repeats", 1), ("warmup", 0)):
         if getattr(args, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
+    if args.sheet and Path(args.sheet).suffix.lower() not in Image.registered_extensions():
+        raise UsageError(f"--sheet {args.sheet} has no suffix of an image format; give e.g. sheet.png")
     mode = run_benchmark if args.benchmark else run_prediction if args.predict else run_evaluation
     result = mode(args)
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -5,7 +5,7 @@
 # bash run.sh eval [flags]      set-up, then eval.py
 # bash run.sh bench [flags]     set-up, then eval.py --benchmark
 #
-# Set-up takes the active Python environment where it has what requirements.txt asks for, else it makes and fills .venv.
+# Paths are relative to the folder of this file. Set-up takes the active Python environment where it has what requirements.txt asks for, else it makes and fills .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -22,9 +22,9 @@ set_up() { # requirements file; leaves the interpreter in $python
     exit 2
   fi
   if satisfies "$python" "$1"; then return; fi
-  if [ ! -x .venv/bin/python ]; then
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # not there, or left half-made
     echo "run.sh: making .venv with $("$python" --version)"
-    if ! "$python" -m venv .venv; then
+    if ! "$python" -m venv --clear .venv; then
       echo "run.sh: could not make .venv; on Debian and Ubuntu install python3-venv" >&2
       exit 2
     fi
@@ -46,7 +46,8 @@ devices() { # how many accelerators there are, at least 1
 }
 
 train() { # flags of train.py; one process for each device
-  local count=${NPROC:-$(devices)}
+  local count
+  count=${NPROC:-$(devices)}
   if [ "$count" = 1 ]; then
     "$python" train.py "$@"
   else
@@ -55,30 +56,29 @@ train() { # flags of train.py; one process for each device
 }
 
 main_job() {
-  local data=datasets/cityscapes flags=() resume=(--resume auto)
+  local data=datasets/cityscapes out=runs flags=()
   if [ -d "$data" ]; then
     if [ -z "${NPROC:-}" ]; then # as many processes as share the default batch of 16 evenly
       NPROC=$(devices)
       while ((16 % NPROC)); do NPROC=$((NPROC - 1)); done
     fi
   else
-    data=datasets/streets
+    data=datasets/streets out=runs/streets
     echo "run.sh: no datasets/cityscapes here: taking drawn street scenes"
     [ -d "$data" ] || "$python" tests/streets.py "$data"
     NPROC=${NPROC:-1}
     flags=(--epochs 12 --batch-size 4 --base-lr 0.135 --crop-size 256 512 --scale-range 0.75 1.75 --val-every 4)
   fi
-  # What another run left in runs/ is not gone on with; train.py then moves it to runs/earlier.
-  grep -qs " data=$data " runs/logs/train.log || resume=()
-  train --data "$data" ${resume[@]+"${resume[@]}"} ${flags[@]+"${flags[@]}"}
-  "$python" eval.py --weights runs/checkpoints/best_model.pth --data "$data" --sheet runs/sheet.png
+  train --data "$data" --out "$out" --resume auto ${flags[@]+"${flags[@]}"}
+  local weights=$out/checkpoints/best_model.pth
+  "$python" eval.py --weights "$weights" --data "$data" --sheet "$out/sheet.png"
   cat <<TEXT
 
-written: runs/checkpoints/best_model.pth  the best network by validation mIoU
-         runs/logs/train.log              what you have just read; metrics.jsonl beside it for programs
-         runs/sheet.png                   image | truth | prediction
-next:    bash run.sh eval --weights runs/checkpoints/best_model.pth --data $data
-         bash run.sh eval --weights runs/checkpoints/best_model.pth --predict FOLDER_OF_IMAGES --out runs/predictions
+written: $weights, the best network by validation mIoU
+         $out/logs/train.log, what you have just read; metrics.jsonl beside it for programs
+         $out/sheet.png, image | truth | prediction
+next:    bash run.sh eval --weights $weights --data $data
+         bash run.sh eval --weights $weights --predict FOLDER_OF_IMAGES --out runs/predictions
          bash run.sh train --data datasets/cityscapes   (README.md says how to get the data)
 TEXT
 }

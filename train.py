@@ -350,7 +350,7 @@ def find_resume(args: argparse.Namespace) -> tuple[Path, dict] | None:
             return None
         path = found[-1]
     checkpoint = read_checkpoint(path)
-    missing = {"epoch", "optimizer", "scaler", "best_miou", "args", "classes"} - checkpoint.keys()
+    missing = {"epoch", "optimizer", "scaler", "best_miou", "validated", "args", "classes"} - checkpoint.keys()
     if missing:
         raise CheckpointError(f"{path}: holds no {', '.join(sorted(missing))}, so no training state; take a numbered one")
     return path, checkpoint
@@ -364,25 +364,42 @@ def check_resume(path: Path, checkpoint: dict, model: FastSCNN, classes: Classes
         raise CheckpointError(f"{path}: is of a network with {text}; resume with its own arguments, or begin anew")
     if checkpoint["classes"]["names"] != list(classes.names):
         raise CheckpointError(f"{path}: was trained on other classes; resume on its own dataset, or begin anew")
-    if args.resume == "auto" and checkpoint["args"]["data"] != args.data:
+    if args.resume == "auto" and Path(checkpoint["args"]["data"]).resolve() != Path(args.data).resolve():
         raise CheckpointError(
             f"{path}: was trained on {checkpoint['args']['data']}, this run on {args.data}; give another --out, or this "
             "path to --resume where the data has only moved"
         )
 
 
-def save_epoch(run: Run, classes: Classes, epoch: int, result: dict | None, best_miou: float) -> float:
-    """Writes {epoch}.pth, and best_model.pth where `result` is the best so far. Returns the best mIoU."""
-    folder = Path(run.args.out) / "checkpoints"
-    checkpoint = {"model": run.model.state_dict(), "model_args": run.model.args, "classes": classes.to_dict(), "epoch": epoch}
-    if result and result["miou"] > best_miou:
-        best_miou = result["miou"]
+def finish_epoch(run: Run, val_set: SegmentationDataset, epoch: int, total_epochs: int, best_miou: float) -> float:
+    """Saves {epoch}.pth, validates when that is due, and writes best_model.pth where it is the best. Returns the best mIoU.
+
+    What is due is saved before it is validated, marked so: an image that cannot be read does not cost the epoch, and a
+    resumed run makes the validation up.
+    """
+    args, folder = run.args, Path(run.args.out) / "checkpoints"
+
+    def save_numbered(validated: bool) -> None:
         if run.rank == 0:
-            save({**checkpoint, "miou": best_miou}, folder / "best_model.pth")
+            state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "args": vars(args)}
+            save({**network, **state, "best_miou": best_miou, "validated": validated}, folder / f"{epoch}.pth")
+
+    classes = val_set.classes.to_dict()
+    network = {"model": run.model.state_dict(), "model_args": run.model.args, "classes": classes, "epoch": epoch}
+    due = epoch % args.val_every == 0 or epoch == total_epochs
+    save_numbered(validated=not due)
+    if due:
+        result = validate(run, val_set)
+        figures = f"mIoU {result['miou']:.4f}  pixel accuracy {result['pixel_accuracy']:.4f}"
+        run.log.line(f"epoch {epoch}/{total_epochs}  {figures}")
+        run.log.record(kind="val", epoch=epoch, **result)
+        if result["miou"] > best_miou:
+            best_miou = result["miou"]
+            if run.rank == 0:
+                save({**network, "miou": best_miou}, folder / "best_model.pth")
+        save_numbered(validated=True)
     if run.rank == 0:
-        state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
-        save({**checkpoint, **state, "best_miou": best_miou, "args": vars(run.args)}, folder / f"{epoch}.pth")
-        for old in numbered_checkpoints(folder)[: -run.args.keep]:
+        for old in numbered_checkpoints(folder)[: -args.keep]:
             old.unlink()
     return best_miou
 
@@ -393,14 +410,27 @@ def prepare_output(out: Path, resumed: tuple[Path, dict] | None) -> list[str]:
     That is a whole earlier run, unless this run goes on from a checkpoint of it; then it is checkpoints of later epochs.
     Log records of epochs that will be done again are dropped. Returns what was done, in lines for people.
     """
+
+    def epoch_of_best(path: Path) -> float:
+        with contextlib.suppress(OSError, CheckpointError, KeyError):
+            return read_checkpoint(path)["epoch"]
+        return float("inf")  # none, or of no use
+
+    def epoch_of_record(line: str) -> float:
+        with contextlib.suppress(ValueError, KeyError):
+            return json.loads(line)["epoch"]
+        return float("inf")  # cut off when the run was
+
     folder, logs = out / "checkpoints", out / "logs"
+    best = folder / "best_model.pth"
     continues = resumed is not None and resumed[0].resolve().parent == folder.resolve()
     if continues:
         epoch = resumed[1]["epoch"]
         stale = [path for path in numbered_checkpoints(folder) if int(path.stem) > epoch]
+        stale += [best] if best.exists() and epoch_of_best(best) > epoch else []
         if (logs / "metrics.jsonl").exists():
             lines = (logs / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epoch]
+            kept = [line for line in lines if line.endswith("\n") and epoch_of_record(line) <= epoch]
             (logs / "metrics.jsonl").write_text("".join(kept), encoding="utf-8")
     else:
         stale = [path for path in (folder, logs) if path.exists()]
@@ -412,10 +442,11 @@ def prepare_output(out: Path, resumed: tuple[Path, dict] | None) -> list[str]:
             path.rename(earlier / path.name)
         notes.append(f"moved {', '.join(path.name for path in stale)} of an earlier run to {earlier}")
     folder.mkdir(parents=True, exist_ok=True)
-    best = resumed and resumed[0].with_name("best_model.pth")
-    if best and not continues and best.exists():
-        shutil.copy(best, folder)
-        notes.append(f"copied {best}")
+    if resumed and not continues:
+        source = resumed[0].with_name("best_model.pth")
+        if epoch_of_best(source) <= resumed[1]["epoch"]:
+            shutil.copy(source, best)
+            notes.append(f"copied {source}")
     return notes
 
 
@@ -540,22 +571,16 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(args, model, wrapped, optimizer, scaler, device, rank, world_size, syncs_bn, log)
         describe(run, len(train_set), len(val_set), len(batches))
 
+        if resumed and not checkpoint["validated"]:
+            best_miou = finish_epoch(run, val_set, checkpoint["epoch"], checkpoint["args"]["epochs"], best_miou)
         progress = Progress((first_epoch - 1) * len(batches), args.epochs * len(batches), args.batch_size)
         for epoch in range(first_epoch, args.epochs + 1):
             # Depends on the epoch, not on what came before, so that a resumed run draws the same numbers.
             torch.manual_seed(int(np.random.SeedSequence((args.seed, epoch, rank)).generate_state(1)[0]))
             batches.set_epoch(epoch)
             train_one_epoch(run, loader, epoch, progress)
-            result = None
-            try:
-                if epoch % args.val_every == 0 or epoch == args.epochs:
-                    result = validate(run, val_set)
-                    figures = f"mIoU {result['miou']:.4f}  pixel accuracy {result['pixel_accuracy']:.4f}"
-                    log.line(f"epoch {epoch}/{args.epochs}  {figures}")
-                    log.record(kind="val", epoch=epoch, step=epoch * len(batches), **result)
-                    progress.pause()
-            finally:  # an image that cannot be read does not cost the epoch
-                best_miou = save_epoch(run, train_set.classes, epoch, result, best_miou)
+            best_miou = finish_epoch(run, val_set, epoch, args.epochs, best_miou)
+            progress.pause()
         log.line(f"done: best mIoU {best_miou:.4f}, {out / 'checkpoints' / 'best_model.pth'}")
     finally:
         if log is not None:

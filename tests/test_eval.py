@@ -155,6 +155,7 @@ def cut(path, target):
         (lambda w, d, t: ["--weights", w, "--predict", t, "--out", t / "o"], "no pictures in this folder"),
         (lambda w, d, t: ["--benchmark", "--size", "16", "64"], "--size is 16 64, expected at least 32 pixels each"),
         (lambda w, d, t: ["--benchmark", "--repeats", "0"], "--repeats is 0, expected at least 1"),
+        (lambda w, d, t: ["--weights", w, "--data", d, "--sheet", t / "sheet"], "has no suffix of an image format"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_status_2(weights, drawn, tmp_path, capsys, flags, message):

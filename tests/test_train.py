@@ -155,8 +155,14 @@ def test_resuming_elsewhere_takes_the_best_model_along(drawn, tmp_path):
 
 def test_going_back_in_a_run_moves_later_checkpoints_aside(drawn, tmp_path):
     assert run(drawn, tmp_path / "r", epochs=3, keep=9) == 0
+    best_before = read_checkpoint(tmp_path / "r/checkpoints/best_model.pth")["epoch"]
     assert run(drawn, tmp_path / "r", epochs=3, keep=9, resume=tmp_path / "r/checkpoints/1.pth", weight_decay=0.1) == 0
-    assert sorted(p.name for p in (tmp_path / "r/earlier").rglob("*.pth")) == ["2.pth", "3.pth"]
+    moved = sorted(p.name for p in (tmp_path / "r/earlier").rglob("*.pth"))
+    assert moved[:2] == ["2.pth", "3.pth"] and moved[2:] == (["best_model.pth"] if best_before > 1 else [])
+    assert (
+        read_checkpoint(tmp_path / "r/checkpoints/best_model.pth")["miou"]
+        == read_checkpoint(tmp_path / "r/checkpoints/3.pth")["best_miou"]
+    )
     assert [r["epoch"] for r in records(tmp_path / "r", "val")] == [1, 2, 3]  # no epoch twice
     decays = [g["weight_decay"] for g in read_checkpoint(tmp_path / "r/checkpoints/3.pth")["optimizer"]["param_groups"]]
     assert decays == [0.1, 0]  # the flag counts, not the checkpoint
@@ -171,7 +177,8 @@ def test_resuming_in_another_precision(drawn, tmp_path):
 def test_finished_run_resumes_to_nothing(drawn, tmp_path):
     assert run(drawn, tmp_path / "r", epochs=1) == 0
     before = (tmp_path / "r/checkpoints/1.pth").read_bytes()
-    assert run(drawn, tmp_path / "r", epochs=1, resume="auto") == 0
+    (tmp_path / "same").symlink_to(drawn)  # the same data by another path
+    assert run(tmp_path / "same", tmp_path / "r", epochs=1, resume="auto") == 0
     assert (tmp_path / "r/checkpoints/1.pth").read_bytes() == before
 
 
@@ -308,13 +315,21 @@ def test_bad_data_is_one_line_and_leaves_no_checkpoint(folder_dataset, tmp_path,
     assert not list((tmp_path / "r").rglob("*.pth"))
 
 
-def test_bad_validation_image_does_not_cost_the_epoch(folder_dataset, tmp_path, capsys):
+def test_bad_validation_image_costs_neither_the_epoch_nor_its_validation(folder_dataset, tmp_path, capsys):
+    whole = {}
     for kind in ("images", "labels"):
         path = folder_dataset / kind / "val/0.png"
+        whole[path] = path.read_bytes()
         Image.open(path).crop((0, 0, 64, 20)).save(path)
-    assert run(folder_dataset, tmp_path / "r", dataset="folder", epochs=1, crop_size=(32, 48)) == 2
+    options = {"dataset": "folder", "epochs": 1, "crop_size": (32, 48)}
+    assert run(folder_dataset, tmp_path / "r", **options) == 2
     assert "images/val/0.png: 64x20 pixels, expected at least 32x32" in capsys.readouterr().err
-    assert (tmp_path / "r/checkpoints/1.pth").exists()
+    assert [p.name for p in (tmp_path / "r/checkpoints").iterdir()] == ["1.pth"]
+    for path, content in whole.items():
+        path.write_bytes(content)
+    assert run(folder_dataset, tmp_path / "r", **options, resume="auto") == 0
+    assert load_weights(tmp_path / "r/checkpoints/best_model.pth")
+    assert [r["epoch"] for r in records(tmp_path / "r", "val")] == [1]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
