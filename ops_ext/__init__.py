@@ -1,7 +1,12 @@
 """The operations around the network: class scores to label maps, class scores to a loss, label maps to a confusion matrix.
 
-Each is stated as its plain PyTorch one-liner, and `x_reference` is that one-liner. `implementations()` says which
-implementation runs on this machine; today each op is its reference, on any device that PyTorch has.
+Each is stated as its plain PyTorch one-liner, and `x_reference` is that one-liner. On the CPU and on NVIDIA GPUs kernels run
+that never write class scores at full resolution; they are compiled on first use, or by `python -m ops_ext`, which needs a C++
+compiler (g++ or clang++), for GPUs also nvcc. Where that fails, and on other devices, the reference runs, with the same
+results; one warning names the cause. `implementations()` says what runs on this machine.
+
+All of them trace under `torch.compile` without graph breaks. Under autocast they take logits as they arrive: sums are float32
+whatever the logits, so that there is nothing to cast.
 
 This folder needs torch alone, and may be copied into another project as it is.
 """
@@ -9,11 +14,17 @@ This folder needs torch alone, and may be copied into another project as it is.
 from __future__ import annotations
 
 import copy
+import functools
+import os
+import threading
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .build import BuildError, build
 
 __all__ = [
     "accelerate",
@@ -27,13 +38,55 @@ __all__ = [
 ]
 
 MAX_CLASSES = 256  # label maps are uint8
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def implementations() -> dict[str, str]:
-    """What runs each op on this machine: op name -> "cpu", "cuda" (a compiled kernel) or "reference" (plain PyTorch)."""
-    return {op: "reference" for op in ("upsample_argmax", "upsample_cross_entropy", "confusion_matrix")}
+    """What runs each op on this machine: op name -> "cpu", "cuda" (a compiled kernel) or "reference" (plain PyTorch).
+
+    It is asked of the device that computes here: the accelerator where there is one, else the CPU. Compiles the kernels if
+    they have not been compiled before.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device_type = accelerator.type if accelerator else "cpu"
+    name = device_type if _compiled(device_type) else "reference"
+    return dict.fromkeys(("upsample_argmax", "upsample_cross_entropy", "confusion_matrix"), name)
+
+
+# ---------------------------------------------------------------------------------------------------- loading the kernels
+
+_loading = threading.Lock()
+
+
+@torch.compiler.assume_constant_result
+def _compiled(device_type: str) -> bool:
+    """Whether the kernels for this type of device are there, after an attempt to get them."""
+    if device_type not in ("cpu", "cuda"):
+        return False
+    with _loading:
+        return _load("cpu") and (device_type == "cpu" or _load(device_type))
+
+
+@functools.cache
+def _load(backend: str) -> bool:
+    try:
+        torch.ops.load_library(str(build(backend)))
+    except (BuildError, OSError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not once for each process of torchrun
+            message = f"ops_ext: no compiled {backend} kernels; plain PyTorch runs instead, slower, with the same results. Cause: {error}"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+        return False
+    if backend == "cpu":  # which brings the schemas
+        torch.library.register_fake("ops_ext::upsample_argmax", _argmax_fake)
+        torch.library.register_fake("ops_ext::upsample_cross_entropy", _cross_entropy_fake)
+        torch.library.register_fake("ops_ext::upsample_cross_entropy_backward", _cross_entropy_backward_fake)
+        torch.library.register_autograd(
+            "ops_ext::upsample_cross_entropy", _cross_entropy_backward, setup_context=_cross_entropy_context
+        )
+        torch.library.register_fake("ops_ext::confusion_matrix", _confusion_fake)
+    return True
 
 
 # -------------------------------------------------------------------------------------------------------- upsample_argmax
@@ -41,6 +94,8 @@ def implementations() -> dict[str, str]:
 
 def upsample_argmax_reference(logits: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
     """`upsample_argmax` in plain PyTorch."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()  # in half precision many scores would round to a tie
     # In channels_last a pixel's scores lie side by side, where argmax is several times faster on the CPU.
     logits = logits.contiguous(memory_format=torch.channels_last)
     scores = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=align_corners)
@@ -50,15 +105,17 @@ def upsample_argmax_reference(logits: Tensor, size: Sequence[int], align_corners
 def upsample_argmax(logits: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
     """Label map of bilinearly resized class scores.
 
-    `F.interpolate(logits, size, mode="bilinear", align_corners=align_corners).argmax(1)`
+    `F.interpolate(logits, size, mode="bilinear", align_corners=align_corners).argmax(1)`, computed in float32 where the logits
+    are float16 or bfloat16.
 
     Args:
-        logits: (N, C, h, w) floating point, C <= 256.
+        logits: (N, C, h, w) float32, bfloat16, float16 or float64 of any strides, C <= 256.
         size: (H, W) of the result in pixels.
         align_corners: as in `F.interpolate`.
 
     Returns:
-        (N, H, W) uint8; of equal scores the first class wins.
+        (N, H, W) uint8. Of equal scores the first class wins; NaN wins over numbers, as in `torch.argmax`. Where the two best
+        scores differ by less than rounding, either may be named.
 
     Raises:
         ValueError: wrong rank, dtype, class count or size.
@@ -68,7 +125,13 @@ def upsample_argmax(logits: Tensor, size: Sequence[int], align_corners: bool = F
         raise ValueError(f"logits have {logits.shape[1]} classes, expected at most {MAX_CLASSES}: labels are uint8")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size is {tuple(size)}, expected (height, width) of at least 1 pixel each")
-    return upsample_argmax_reference(logits, size, align_corners)
+    if not _compiled(logits.device.type):
+        return upsample_argmax_reference(logits, size, align_corners)
+    return torch.ops.ops_ext.upsample_argmax(logits, size[0], size[1], align_corners)
+
+
+def _argmax_fake(logits, height, width, align_corners):
+    return logits.new_empty((logits.shape[0], height, width), dtype=torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------------- upsample_cross_entropy
@@ -88,6 +151,9 @@ def upsample_cross_entropy_reference(
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     target = target.long()
+    valid = target != ignore_index
+    if target.device.type == "cpu":  # elsewhere looking at values would wait for the device
+        _check_range("target", target[valid], logits.shape[1], f" or {ignore_index} (ignore_index)")
     scores = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=align_corners)
     loss = F.cross_entropy(
         scores,
@@ -99,9 +165,8 @@ def upsample_cross_entropy_reference(
     )
     if reduction != "mean":
         return loss
-    valid = target != ignore_index
     total = valid.sum() if weight is None else (weight[target.where(valid, 0)] * valid).sum()
-    return loss / total.to(loss.dtype).clamp(min=torch.finfo(loss.dtype).tiny)  # 0 / tiny = 0 where all is ignored
+    return _mean(loss, total.to(loss.dtype))
 
 
 def upsample_cross_entropy(
@@ -114,17 +179,17 @@ def upsample_cross_entropy(
     reduction: str = "mean",
     align_corners: bool = False,
 ) -> Tensor:
-    """Cross-entropy of bilinearly resized class scores; differentiable in `logits`.
+    """Cross-entropy of bilinearly resized class scores; differentiable in `logits`, once.
 
     `F.cross_entropy(F.interpolate(logits, target.shape[-2:], mode="bilinear"), target, ...)`, with two differences: where
     every pixel is ignored, the mean is 0 with zero gradients (PyTorch: NaN), and float16 and bfloat16 logits give a
-    float32 loss.
+    float32 loss. The result is the same in every run, whatever the number of threads.
 
     Args:
-        logits: (N, C, h, w) floating point.
+        logits: (N, C, h, w) float32, bfloat16, float16 or float64 of any strides.
         target: (N, H, W) uint8 or int64, each a class in [0, C) or `ignore_index`.
         ignore_index: label of pixels that count neither in the loss nor in the mean.
-        weight: (C,) weight of each class, of the dtype of the loss, or None for 1.
+        weight: (C,) weight of each class, of the dtype of the loss, or None for 1; not differentiated.
         label_smoothing: share in [0, 1] of the target that is spread evenly over the classes.
         reduction: "mean" over what is not ignored (weighted by `weight`), "sum", or "none" for one loss per pixel.
         align_corners: as in `F.interpolate`.
@@ -133,25 +198,88 @@ def upsample_cross_entropy(
         A scalar, or (N, H, W) with reduction "none", 0 at ignored pixels.
 
     Raises:
-        ValueError: wrong rank, dtype, batch size, number of weights or reduction.
+        ValueError: wrong rank, dtype, batch size, device, number of weights, smoothing or reduction.
+        RuntimeError: a label outside the range. On CUDA, where to look would be to wait for the device, the loss is NaN
+            instead and the kernel prints the label.
     """
     _check_logits(logits)
     _check_labels("target", target)
     if target.ndim != 3 or target.shape[0] != logits.shape[0] or target.numel() == 0:
         raise ValueError(f"target has shape {tuple(target.shape)}, expected ({logits.shape[0]}, H, W) like the logits")
-    if weight is not None and weight.shape != (logits.shape[1],):
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({logits.shape[1]},), one per class")
+    _check_device("target", target, "logits", logits)
+    loss_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if weight is not None:
+        if weight.shape != (logits.shape[1],):
+            raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({logits.shape[1]},), one per class")
+        if weight.dtype != loss_dtype:
+            raise ValueError(f"weight is {weight.dtype}, expected {loss_dtype} like the loss")
+        _check_device("weight", weight, "logits", logits)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}, expected a share from 0 to 1")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}, expected mean, sum or none")
-    return upsample_cross_entropy_reference(
-        logits,
-        target,
-        ignore_index=ignore_index,
-        weight=weight,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-        align_corners=align_corners,
+    if not _compiled(logits.device.type):
+        return upsample_cross_entropy_reference(
+            logits,
+            target,
+            ignore_index=ignore_index,
+            weight=weight,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            align_corners=align_corners,
+        )
+    per_pixel = reduction == "none"
+    # The gradient of the summed loss is taken on the way, while the softmax is at hand.
+    with_grad = not per_pixel and torch.is_grad_enabled() and logits.requires_grad
+    loss, total, _ = torch.ops.ops_ext.upsample_cross_entropy(
+        logits, target, weight, ignore_index, label_smoothing, align_corners, per_pixel, with_grad
     )
+    return _mean(loss, total) if reduction == "mean" else loss
+
+
+def _mean(loss: Tensor, total: Tensor) -> Tensor:
+    return loss / total.clamp(min=torch.finfo(loss.dtype).tiny)  # 0 / tiny = 0 where all is ignored
+
+
+def _gradient_fake(logits):
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    channels_last = not logits.is_contiguous() and logits.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(logits.shape, dtype=dtype, device=logits.device, memory_format=memory_format)
+
+
+def _cross_entropy_fake(logits, target, weight, ignore_index, label_smoothing, align_corners, per_pixel, with_grad):
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    loss = logits.new_empty(target.shape if per_pixel else (), dtype=dtype)
+    grad = _gradient_fake(logits) if with_grad else logits.new_empty((0,), dtype=dtype)
+    return loss, logits.new_empty((), dtype=dtype), grad
+
+
+def _cross_entropy_backward_fake(pixel_grad, logits, target, weight, ignore_index, label_smoothing, align_corners):
+    return _gradient_fake(logits)
+
+
+def _cross_entropy_context(ctx, inputs, output):
+    logits, target, weight, *options, per_pixel, with_grad = inputs
+    _, total, grad = output
+    ctx.mark_non_differentiable(total, grad)
+    ctx.per_pixel, ctx.options, ctx.dtype = per_pixel, options, logits.dtype
+    if with_grad and not per_pixel:
+        ctx.save_for_backward(grad)
+    else:
+        ctx.save_for_backward(logits, target, weight)
+
+
+def _cross_entropy_backward(ctx, loss_grad, _total_grad, _grad_grad):
+    if torch.is_grad_enabled():  # by create_graph=True; the second derivative would silently lack this loss's part
+        raise RuntimeError("upsample_cross_entropy is differentiable once; for more take upsample_cross_entropy_reference")
+    if len(ctx.saved_tensors) == 1:
+        grad = ctx.saved_tensors[0] * loss_grad
+    else:
+        logits, target, weight = ctx.saved_tensors
+        pixel_grad = loss_grad if ctx.per_pixel else loss_grad.expand(target.shape)
+        grad = torch.ops.ops_ext.upsample_cross_entropy_backward(pixel_grad, logits, target, weight, *ctx.options)
+    return grad.to(ctx.dtype), None, None, None, None, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------------- confusion_matrix
@@ -161,10 +289,8 @@ def confusion_matrix_reference(prediction: Tensor, target: Tensor, num_classes: 
     """`confusion_matrix` in plain PyTorch."""
     valid = target != ignore_index
     truth, guess = target[valid].long(), prediction[valid].long()
-    for name, labels in (("target", truth), ("prediction", guess)):
-        outside = labels[(labels < 0) | (labels >= num_classes)]
-        if outside.numel():
-            raise ValueError(f"{name} holds {outside[0].item()}, expected labels from 0 to {num_classes - 1}")
+    _check_range("target", truth, num_classes)
+    _check_range("prediction", guess, num_classes)
     return torch.bincount(truth * num_classes + guess, minlength=num_classes**2).view(num_classes, num_classes)
 
 
@@ -181,13 +307,23 @@ def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignor
         (num_classes, num_classes) int64, rows are the truth, columns the prediction.
 
     Raises:
-        ValueError: shapes that differ, wrong dtype, labels outside the range.
+        ValueError: shapes or devices that differ, wrong dtype, no class.
+        RuntimeError: labels outside the range.
     """
     _check_labels("prediction", prediction)
     _check_labels("target", target)
     if prediction.shape != target.shape:
         raise ValueError(f"prediction has shape {tuple(prediction.shape)}, expected the target's {tuple(target.shape)}")
-    return confusion_matrix_reference(prediction, target, num_classes, ignore_index)
+    _check_device("prediction", prediction, "target", target)
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}, expected at least 1")
+    if not _compiled(target.device.type):
+        return confusion_matrix_reference(prediction, target, num_classes, ignore_index)
+    return torch.ops.ops_ext.confusion_matrix(prediction, target, num_classes, ignore_index)
+
+
+def _confusion_fake(prediction, target, num_classes, ignore_index):
+    return target.new_empty((num_classes, num_classes), dtype=torch.int64)
 
 
 # ------------------------------------------------------------------------------------------------------------- deployment
@@ -227,7 +363,7 @@ def accelerate(
         pixels = images.to(device).permute(0, 3, 1, 2)  # (N, 3, H, W), channels_last in memory
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             logits = model((pixels.float() - shift) * scale, upsample=False)  # (N, C, H/8, W/8)
-        return upsample_argmax(logits.float(), images.shape[1:3])
+        return upsample_argmax(logits, images.shape[1:3])
 
     return segment
 
@@ -236,10 +372,22 @@ def accelerate(
 
 
 def _check_logits(logits: Tensor) -> None:
-    if logits.ndim != 4 or not logits.is_floating_point() or logits.numel() == 0:
-        raise ValueError(f"logits are {logits.dtype} {tuple(logits.shape)}, expected floating point (N, C, h, w), not empty")
+    if logits.ndim != 4 or logits.dtype not in LOGITS_DTYPES or logits.numel() == 0:
+        expected = "float32, bfloat16, float16 or float64 (N, C, h, w), not empty"
+        raise ValueError(f"logits are {logits.dtype} {tuple(logits.shape)}, expected {expected}")
 
 
 def _check_labels(name: str, labels: Tensor) -> None:
     if labels.dtype not in (torch.uint8, torch.int64):
         raise ValueError(f"{name} is {labels.dtype}, expected uint8 or int64")
+
+
+def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {other.device} like {other_name}")
+
+
+def _check_range(name: str, labels: Tensor, num_classes: int, also: str = "") -> None:
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if outside.numel():
+        raise RuntimeError(f"{name} holds {outside[0].item()}, expected labels from 0 to {num_classes - 1}{also}")
