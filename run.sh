@@ -41,6 +41,10 @@ set_up() { # requirements file; leaves the interpreter in $python
   touch "$stamp"
 }
 
+build_ops() { # compiles the kernels of ops_ext unless that is done; where it fails they run in plain PyTorch
+  "$python" -m ops_ext || true
+}
+
 devices() { # how many accelerators there are, at least 1
   "$python" -c 'import torch; print(max(1, torch.accelerator.device_count()))'
 }
@@ -86,10 +90,10 @@ TEXT
 command=${1:-main}
 [ $# -eq 0 ] || shift
 case $command in
-  main) set_up requirements.txt; main_job ;;
-  test) set_up tests/requirements.txt; "$python" -m pytest tests "$@" ;;
-  train) set_up requirements.txt; train "$@" ;;
-  eval) set_up requirements.txt; "$python" eval.py "$@" ;;
-  bench) set_up requirements.txt; "$python" eval.py --benchmark "$@" ;;
+  main) set_up requirements.txt; build_ops; main_job ;;
+  test) set_up tests/requirements.txt; build_ops; "$python" -m pytest tests "$@" ;;
+  train) set_up requirements.txt; build_ops; train "$@" ;;
+  eval) set_up requirements.txt; build_ops; "$python" eval.py "$@" ;;
+  bench) set_up requirements.txt; build_ops; "$python" eval.py --benchmark "$@" ;;
   *) sed -n '2,6s/^# //p' "$0" >&2; echo "run.sh: no command '$command'" >&2; exit 2 ;;
 esac

@@ -485,7 +485,7 @@ def describe(run: Run, train_images: int, val_images: int, steps_per_epoch: int)
         f"learning rate {args.base_lr} x {args.batch_size} / {PAPER_BATCH} = {args.lr:.5f}"
     )
     run.log.line(f"{train_images} images to train, {val_images} to validate  {steps_per_epoch} steps x {args.epochs} epochs")
-    run.log.line(f"ops {' '.join(f'{op}={which}' for op, which in implementations().items())}")
+    run.log.line(f"ops {' '.join(f'{op}={which}' for op, which in implementations(run.device).items())}")
     if world_size > 1 and not run.syncs_bn:
         why = "PyTorch has no SyncBatchNorm on the CPU" if args.sync_bn else "--no-sync-bn"
         run.log.line(f"{why}: each process normalises over its own {share} images")

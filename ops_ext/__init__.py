@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .build import BuildError, build
+from .compiler import BuildError, build
 
 __all__ = [
     "accelerate",
@@ -43,14 +43,17 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def implementations() -> dict[str, str]:
+def implementations(device: torch.device | str | None = None) -> dict[str, str]:
     """What runs each op on this machine: op name -> "cpu", "cuda" (a compiled kernel) or "reference" (plain PyTorch).
 
-    It is asked of the device that computes here: the accelerator where there is one, else the CPU. Compiles the kernels if
-    they have not been compiled before.
+    Compiles the kernels if that has not been done before.
+
+    Args:
+        device: the device in question; None for the accelerator where there is one, else the CPU.
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    device_type = accelerator.type if accelerator else "cpu"
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device_type = torch.device(device).type
     name = device_type if _compiled(device_type) else "reference"
     return dict.fromkeys(("upsample_argmax", "upsample_cross_entropy", "confusion_matrix"), name)
 

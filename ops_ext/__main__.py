@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from .build import BuildError, build, cache_folder
+from .compiler import BuildError, build, cache_folder
 
 failed = []
 for backend in ["cpu", "cuda"] if torch.version.cuda else ["cpu"]:

@@ -42,22 +42,27 @@ def build(backend: str, extra_flags: Sequence[str] = ()) -> Path:
 
     Args:
         backend: "cpu" or "cuda".
-        extra_flags: further flags of the C++ compiler.
+        extra_flags: further flags of the compiler.
 
     Raises:
         BuildError: no compiler, one that fails, or a cache that cannot be written.
     """
     if backend == "cuda":
         return _build_cuda(extra_flags)
+    return build_library("cpu", [FOLDER / "cpu.cpp"], extra_flags)
+
+
+def build_library(name: str, sources: Sequence[Path], extra_flags: Sequence[str] = ()) -> Path:
+    """A library of C++ operators for this CPU: the first source compiled, the others those that it includes."""
     compiler = _compiler()
     flags = [*COMMON_FLAGS, *CPU_FLAGS, *extra_flags]
     # The predefined macros name the compiler, its version and the CPU's instruction sets.
     machine = _run([*compiler, "-march=native", "-x", "c++", "-dM", "-E", "-"])
-    key = _key("cpu", ["cpu.cpp", "common.h"], compiler, flags, machine)
+    key = _key(name, sources, compiler, flags, machine)
     with _claim(key) as (library, partial):
         if partial is not None:
-            _say("compiling the CPU kernels for this machine, once: about 10 s")
-            _run([*compiler, *flags, str(FOLDER / "cpu.cpp"), "-o", str(partial), *_torch_libraries("torch_cpu", "c10")])
+            _say(f"compiling the {name} kernels for this machine, once: about 5 s")
+            _run([*compiler, *flags, str(sources[0]), "-o", str(partial), *_torch_libraries("torch_cpu", "c10")])
     return library
 
 
@@ -73,10 +78,10 @@ def _build_cuda(extra_flags: Sequence[str]) -> Path:
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in GPU_ARCHITECTURES]
     targets.append(f"-gencode=arch=compute_{GPU_ARCHITECTURES[-1]},code=compute_{GPU_ARCHITECTURES[-1]}")
     flags = [*COMMON_FLAGS, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0", *targets, *extra_flags]
-    key = _key("cuda", ["cuda.cu", "common.h"], [nvcc, *compiler], flags, version + torch.version.cuda)
+    key = _key("cuda", [FOLDER / "cuda.cu"], [nvcc, *compiler], flags, version + torch.version.cuda)
     with _claim(key) as (library, partial):
         if partial is not None:
-            _say("compiling the CUDA kernels, once: about a minute")
+            _say("compiling the CUDA kernels, once: about 15 s")
             linked = [*_torch_libraries("torch_cpu", "torch_cuda", "c10"), _cuda_runtime()]
             kernels = partial.with_suffix(".o")
             try:
@@ -94,10 +99,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fast-scnn-ops_ext"
 
 
-def _key(backend: str, sources: Sequence[str], compiler: Sequence[str], flags: Sequence[str], machine: str) -> str:
-    parts = [(FOLDER / name).read_text() for name in sources]
+def _key(name: str, sources: Sequence[Path], compiler: Sequence[str], flags: Sequence[str], machine: str) -> str:
+    parts = [source.read_text() for source in (*sources, FOLDER / "common.h")]
     parts += [*compiler, *flags, machine, torch.__version__, platform.machine(), *platform.libc_ver()]
-    return f"{backend}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}"
+    return f"{name}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}"
 
 
 @contextlib.contextmanager

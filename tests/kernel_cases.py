@@ -1,0 +1,156 @@
+"""Random cases for the operators of ops_ext, and the checks against plain PyTorch in float64.
+
+Shapes, dtypes, strides and options are all drawn from the seed. Imported by tests/test_kernels.py, also under sanitizers.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+import torch.nn.functional as F
+
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}  # sums are float32 at least
+
+
+def _restrided(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """The same values in other strides: channels_last, every second element, a permuted or an expanded buffer."""
+    kind = rng.choice(["contiguous", "channels_last", "sliced", "permuted", "offset"])
+    if kind == "channels_last" and tensor.ndim == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if kind == "sliced":
+        buffer = tensor.new_zeros([2 * extent for extent in tensor.shape])
+        view = buffer[tuple(slice(1, None, 2) for _ in tensor.shape)]
+        return view.copy_(tensor)
+    if kind == "permuted":
+        order = rng.sample(range(tensor.ndim), tensor.ndim)
+        return tensor.permute(order).contiguous().permute([order.index(d) for d in range(tensor.ndim)])
+    if kind == "offset":  # as a part of a larger buffer whose start is aligned
+        buffer = tensor.new_zeros(tensor.numel() + 1)
+        return buffer[1:].view(tensor.shape).copy_(tensor)
+    return tensor
+
+
+def _logits(rng: random.Random, most_classes: int) -> tuple[torch.Tensor, tuple[int, int]]:
+    n, classes = rng.randint(1, 3), rng.choice([1, 2, 3, 11, 19, rng.randint(1, most_classes)])
+    h, w = rng.randint(1, 9), rng.choice([rng.randint(1, 9), rng.randint(1, 40)])
+    scale = rng.choice([0.1, 0.5, 1, 2, 4, 8, 8, 8.3, 16])
+    size = (max(1, round(h * scale) + rng.randint(-1, 1)), max(1, round(w * scale) + rng.randint(-1, 1)))
+    logits = torch.randn(n, classes, h, w, dtype=torch.float64) * rng.choice([0.1, 1, 10])
+    if rng.random() < 0.3:  # large areas of one class, as in a street
+        logits = F.avg_pool2d(logits, 5, 1, 2) * 5
+    dtype = rng.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    return _restrided(logits.to(dtype), rng), size
+
+
+def _seeded(seed: int) -> random.Random:
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+def argmax_case(seed: int) -> tuple:
+    rng = _seeded(seed)
+    return (*_logits(rng, 256), rng.random() < 0.5)
+
+
+def check_argmax(ops, device: torch.device, case: tuple) -> None:
+    logits, size, align_corners = case
+    labels = ops.upsample_argmax(logits.to(device), *size, align_corners).cpu().long()
+    scores = F.interpolate(logits.double(), size, mode="bilinear", align_corners=align_corners)
+    assert labels.shape == scores[:, 0].shape
+    chosen = scores.gather(1, labels[:, None])[:, 0]
+    # Sizes and weights in float32 round as well: a step of 1e-6 of the image times the steepest slope.
+    tolerance = ROUNDING[logits.dtype] * (1 + scores.abs().max())
+    assert (scores.amax(1) - chosen <= tolerance).all()
+
+
+def cross_entropy_case(seed: int) -> tuple:
+    rng = _seeded(seed)
+    logits, size = _logits(rng, 300)
+    classes = logits.shape[1]
+    ignore_index = rng.choice([255, 255, -100, 0])
+    target = torch.randint(0, min(classes, 255), (logits.shape[0], *size))
+    target[torch.rand(target.shape) < rng.choice([0, 0.1, 0.9, 1])] = ignore_index
+    if ignore_index >= 0 and rng.random() < 0.5:
+        target = target.byte()
+    loss_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    weight = torch.rand(classes, dtype=loss_dtype) + 0.1 if rng.random() < 0.5 else None
+    options = {
+        "weight": None if weight is None else _restrided(weight, rng),
+        "ignore_index": ignore_index,
+        "label_smoothing": rng.choice([0.0, 0.0, 0.1, 1.0]),
+        "align_corners": rng.random() < 0.5,
+    }
+    return logits, _restrided(target, rng), options
+
+
+def check_cross_entropy(ops, device: torch.device, case: tuple) -> None:
+    logits, target, options = case
+    align_corners = options["align_corners"]
+    exact = logits.detach().double().requires_grad_()
+    scores = F.interpolate(exact, target.shape[1:], mode="bilinear", align_corners=align_corners)
+    weight = options["weight"]
+    expected = F.cross_entropy(
+        scores,
+        target.long(),
+        weight=None if weight is None else weight.double(),
+        ignore_index=options["ignore_index"],
+        label_smoothing=options["label_smoothing"],
+        reduction="none",
+    )
+    valid = target != options["ignore_index"]
+    weights = torch.ones(logits.shape[1]) if weight is None else weight
+    total = weights.double()[target.long().where(valid, 0)][valid].sum()
+    pixel_grad = torch.rand(target.shape, dtype=torch.float64)
+    (grad_of_sum,) = torch.autograd.grad(expected.sum(), exact, retain_graph=True)
+    (grad_of_pixels,) = torch.autograd.grad((expected * pixel_grad).sum(), exact)
+
+    loss_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    arguments = (logits.to(device), target.to(device), None if weight is None else weight.to(device))
+    numbers = (options["ignore_index"], options["label_smoothing"], align_corners)
+    summed, counted, grad = ops.upsample_cross_entropy(*arguments, *numbers, False, True)
+    each, counted_again, _ = ops.upsample_cross_entropy(*arguments, *numbers, True, False)
+    back = ops.upsample_cross_entropy_backward(pixel_grad.to(device, loss_dtype), *arguments, *numbers)
+
+    # Scores of +-30 are off by some 1e-5 in float32, and gradients are differences of such: of a single class, 0 as 1 - 1.
+    tolerance = 1e-9 if loss_dtype == torch.float64 else 2e-4
+    for name, value, wanted in (
+        ("sum", summed, expected.sum()),
+        ("weights", counted, total),
+        ("weights", counted_again, total),
+        ("losses", each, expected),
+        ("gradient", grad, grad_of_sum),
+        ("gradient of pixels", back, grad_of_pixels),
+    ):
+        assert value.dtype == loss_dtype and value.shape == wanted.shape, name
+        scale = wanted.abs().max().item() + 0.05 * valid.any().item()
+        assert ((value.cpu().double() - wanted).abs() <= tolerance * scale).all(), name
+    assert (each.cpu()[~valid] == 0).all()
+
+
+def confusion_case(seed: int) -> tuple:
+    rng = _seeded(seed)
+    num_classes = rng.choice([1, 2, 11, 19, 64, 65, 256, 300])
+    shape = [rng.randint(0, 3), rng.randint(1, 40), rng.randint(1, 60)][rng.randint(0, 2) :]
+    block = rng.choice([1, 1, 20])  # constant runs
+    ignore_index = rng.choice([255, 0, -1])
+    maps = []
+    for _ in range(2):
+        labels = torch.randint(0, num_classes, (*shape[:-1], -(-shape[-1] // block))).repeat_interleave(block, -1)
+        maps.append(labels[..., : shape[-1]])
+    maps[1][torch.rand(maps[1].shape) < rng.choice([0, 0.3])] = ignore_index
+    for which, least in ((0, 0), (1, min(0, ignore_index))):
+        if num_classes <= 256 and least == 0 and rng.random() < 0.7:
+            maps[which] = maps[which].byte()
+        maps[which] = _restrided(maps[which], rng)
+    return (*maps, num_classes, ignore_index)
+
+
+def check_confusion(ops, device: torch.device, case: tuple) -> None:
+    prediction, target, num_classes, ignore_index = case
+    counts = ops.confusion_matrix(prediction.to(device), target.to(device), num_classes, ignore_index).cpu()
+    expected = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    valid = target != ignore_index
+    pairs = (target[valid].long(), prediction[valid].long())
+    expected.index_put_(pairs, torch.ones(int(valid.sum()), dtype=torch.int64), accumulate=True)
+    assert torch.equal(counts, expected)
