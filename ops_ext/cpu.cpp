@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <type_traits>
 #include <utility>
 
@@ -715,53 +717,92 @@ Tensor upsample_cross_entropy_backward(const Tensor& pixel_grad, const Tensor& l
 
 constexpr uint64_t EVERY_BYTE = 0x0101010101010101;
 
-// All pairs of bytes are counted, in a table of 256 x 256 of which the labels in use touch a few cache lines; ignored and
-// impossible labels are told apart afterwards. Eight pixels at once where both maps are constant, as most of a street is; of
-// those a run is counted in a register, since adding to one place of memory over and over waits for the last store.
-void count_bytes(const uint8_t* prediction, const uint8_t* target, int64_t size, uint32_t* table) {
-  uint32_t *run_bin = table, run = 0;
-  int64_t at = 0;
-  for (; at + 8 <= size; at += 8) {
-    uint64_t guess, truth;
-    std::memcpy(&guess, prediction + at, 8);
-    std::memcpy(&truth, target + at, 8);
-    if (guess == (guess & 255) * EVERY_BYTE && truth == (truth & 255) * EVERY_BYTE) {
-      uint32_t* const bin = table + ((truth & 255) << 8 | (guess & 255));
-      if (bin != run_bin) *run_bin += std::exchange(run, 0), run_bin = bin;
-      run += 8;
-      continue;
-    }
-    for (int shift = 0; shift < 64; shift += 8) ++table[(truth >> shift & 255) << 8 | (guess >> shift & 255)];
+// All pairs of bytes are counted, in a table of 256 x 256 of which the labels in use touch a few pages. 64 or 8 pixels in which
+// both maps are constant, as most of a street is, are counted at once. There are two tables that pixels take in turn: neighbours
+// often are the same pair, and adding to a place that was stored to just before has to wait for that store.
+class PairCounts {
+ public:
+  PairCounts() : table(static_cast<uint32_t*>(std::calloc(TABLES << 16, sizeof(uint32_t)))) {
+    if (!table) throw std::bad_alloc();
   }
-  *run_bin += run;
-  for (; at < size; ++at) ++table[target[at] << 8 | prediction[at]];
-}
+  PairCounts(const PairCounts&) = delete;
+  PairCounts& operator=(const PairCounts&) = delete;
+  ~PairCounts() { std::free(table); }
+
+  // Whether all labels are in the range, or ignored.
+  bool add(const uint8_t* guess, const uint8_t* truth, int64_t size, int64_t classes, int64_t ignore_index) {
+    const auto last_class = static_cast<uint8_t>(std::min<int64_t>(classes, 256) - 1);
+    const bool ignores = ignore_index >= 0 && ignore_index <= 255;
+    const auto ignored = static_cast<uint8_t>(ignores ? ignore_index : 0);
+    const auto bad = [=](uint8_t g, uint8_t t) -> uint8_t {
+      return (!ignores | (t != ignored)) & ((t > last_class) | (g > last_class));
+    };
+    uint8_t outside = 0;
+    int64_t at = 0;
+    for (; at + BLOCK <= size; at += BLOCK) {
+      const uint8_t *g = guess + at, *t = truth + at;
+      uint8_t differ = 0;
+      uint16_t pair[BLOCK];
+      for (int i = 0; i < BLOCK; ++i) {
+        outside |= bad(g[i], t[i]);
+        differ |= (t[i] ^ t[0]) | (g[i] ^ g[0]);
+        pair[i] = static_cast<uint16_t>(t[i] << 8 | g[i]);
+      }
+      if (!differ) {
+        table[pair[0]] += BLOCK;
+        continue;
+      }
+      for (int i = 0; i < BLOCK; i += 8) {
+        uint64_t eight_g, eight_t;
+        std::memcpy(&eight_g, g + i, 8);
+        std::memcpy(&eight_t, t + i, 8);
+        if (eight_g == g[i] * EVERY_BYTE && eight_t == t[i] * EVERY_BYTE)
+          table[pair[i]] += 8;
+        else
+          for (int k = i; k < i + 8; ++k) ++table[(k % TABLES << 16) + pair[k]];
+      }
+    }
+    for (; at < size; ++at) {
+      outside |= bad(guess[at], truth[at]);
+      ++table[truth[at] << 8 | guess[at]];
+    }
+    return !outside;
+  }
+
+  int64_t operator()(int64_t t, int64_t p) const {
+    int64_t sum = 0;
+    for (int which = 0; which < TABLES; ++which) sum += table[which << 16 | t << 8 | p];
+    return sum;
+  }
+
+ private:
+  static constexpr int TABLES = 2, BLOCK = 64;
+  uint32_t* const table;
+};
 
 void confusion_of_bytes(const Tensor& prediction, const Tensor& target, int64_t num_classes, int64_t ignore_index, int64_t* out) {
   const auto* guess = static_cast<const uint8_t*>(prediction.const_data_ptr());
   const auto* truth = static_cast<const uint8_t*>(target.const_data_ptr());
   const int64_t size = target.numel(), rows = std::min<int64_t>(num_classes, 256);
   const int64_t threads = torch::stable::get_num_threads();
-  // Pixels per task: enough to be worth the table, few enough for 32 bits.
+  // Pixels per task: enough to be worth the tables, few enough for 32 bits.
   const int64_t task = std::clamp<int64_t>((size + threads - 1) / threads, 1 << 16, 1 << 30);
   std::vector<std::atomic<int64_t>> sums(rows * rows);
   std::atomic<int> bad_target{-1}, bad_prediction{-1};
   parallel_for(0, (size + task - 1) / task, 1, [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<uint32_t> table(1 << 16);  // all zero between calls
     for (int64_t at = begin; at < end; ++at) {
-      count_bytes(guess + at * task, truth + at * task, std::min(task, size - at * task), table.data());
-      for (int pair = 0; pair < 1 << 16; ++pair) {
-        if (!table[pair]) continue;
-        const int t = pair >> 8, p = pair & 255;
-        const uint32_t count = std::exchange(table[pair], 0);
-        if (t == ignore_index) continue;
-        if (t >= rows)
-          bad_target = t;
-        else if (p >= rows)
-          bad_prediction = p;
-        else
-          sums[t * rows + p] += count;
+      PairCounts counts;
+      if (counts.add(guess + at * task, truth + at * task, std::min(task, size - at * task), num_classes, ignore_index)) {
+        for (int64_t t = 0; t < rows; ++t)
+          for (int64_t p = 0; t != ignore_index && p < rows; ++p) sums[t * rows + p] += counts(t, p);
+        continue;
       }
+      for (int64_t t = 0; t < 256; ++t)
+        for (int64_t p = 0; t != ignore_index && p < 256; ++p)
+          if (counts(t, p) && t >= rows)
+            bad_target = static_cast<int>(t);
+          else if (counts(t, p) && p >= rows)
+            bad_prediction = static_cast<int>(p);
     }
   });
   check(bad_target < 0, outside("target", bad_target, num_classes));
