@@ -221,7 +221,9 @@ def upsample_cross_entropy(
         raise ValueError(f"label_smoothing is {label_smoothing}, expected a share from 0 to 1")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}, expected mean, sum or none")
-    if not _compiled(logits.device.type):
+    # Where the image shrinks, a kernel that goes over all cells has more to do on the CPU than plain PyTorch.
+    shrinks = target.shape[1] * target.shape[2] < logits.shape[2] * logits.shape[3]
+    if not _compiled(logits.device.type) or (shrinks and logits.device.type == "cpu"):
         return upsample_cross_entropy_reference(
             logits,
             target,
