@@ -212,9 +212,9 @@ struct Loss {
     const int64_t at = n * label_image + y * label_row + x * label_column;
     return wide ? static_cast<const int64_t*>(labels)[at] : static_cast<const uint8_t*>(labels)[at];
   }
-  __device__ int64_t label(int64_t n, int64_t y, int64_t x) const {
+  __device__ int label(int64_t n, int64_t y, int64_t x) const {
     const int64_t label = stored(n, y, x);
-    return label == ignore_index ? IGNORED : label < 0 || label >= classes ? IMPOSSIBLE : label;
+    return label == ignore_index ? IGNORED : label < 0 || label >= classes ? IMPOSSIBLE : static_cast<int>(label);
   }
   __device__ T weight_of(int64_t k) const { return weight ? weight[k * weight_stride] : T(1); }
   __device__ T weight_sum() const {
@@ -239,7 +239,7 @@ __global__ void losses(Scores<T> s, Axis<T> rows, Axis<T> columns, Loss<T> loss,
   T sum_of_losses = 0, sum_of_weights = 0;
   for (int64_t y = rows.first(i); y < y1; y += STRIP) {
     T h1[STRIP], most[STRIP], mine[STRIP], spread[STRIP], sum[STRIP];
-    int64_t label[STRIP];
+    int label[STRIP];
 #pragma unroll
     for (int r = 0; r < STRIP; ++r) {
       const bool there = y + r < y1;
@@ -308,7 +308,7 @@ __global__ void cell_gradients(Scores<T> s, Axis<T> rows, Axis<T> columns, Loss<
     const T left = h0 * a + h1 * c, right = h0 * b + h1 * d;
     T sum_left = 0, sum_right = 0;
     for (int64_t x = x0; x < x1; ++x) {
-      const int64_t label = loss.label(n, y, x);
+      const int label = loss.label(n, y, x);
       if (label == IGNORED) continue;
       const int64_t pixel = (n * rows.out + y) * columns.out + x;
       const T w1 = columns.upper(x), w0 = T(1) - w1;

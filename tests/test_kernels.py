@@ -53,6 +53,12 @@ def test_argmax_on_a_random_case(backend, seed):
     check_argmax(*backend, argmax_case(seed))
 
 
+def test_argmax_at_the_size_of_cityscapes():
+    torch.manual_seed(0)
+    for logits in (torch.randn(1, 19, 128, 256), F.avg_pool2d(torch.randn(1, 19, 128, 256), 9, 1, 4).half()):
+        check_argmax(torch.ops.ops_ext, torch.device("cpu"), (logits, (1024, 2048), False))
+
+
 @pytest.mark.parametrize("seed", range(120))
 def test_cross_entropy_on_a_random_case(backend, seed):
     check_cross_entropy(*backend, cross_entropy_case(seed))

@@ -206,6 +206,22 @@ def report(title: str, times: dict[str, float], memory: dict[str, float] | None 
     return {"title": title, "ms": times, "mib": memory}
 
 
+def print_floors(device: torch.device) -> None:
+    """The least time that a GPU needs: what has to be read and written over its bandwidth, exponentials over their rate."""
+    source = torch.empty(2**28, dtype=torch.float32, device=device)
+    copy_ms = median_ms({"copy": lambda: source.clone()}, device, seconds=1)["copy"]
+    bytes_per_ms = 2 * source.numel() * source.element_size() / copy_ms
+    pixels, crops = SIZE[0] * SIZE[1], CROPS * CROP[0] * CROP[1]
+    scores, crop_scores = CLASSES * LOW[0] * LOW[1] * 4, CROPS * CLASSES * LOW_CROP[0] * LOW_CROP[1] * 4
+    properties = torch.cuda.get_device_properties(device)
+    exps_per_ms = properties.multi_processor_count * 16 * properties.clock_rate  # special function units, kHz
+    print(f"\nfloors at {bytes_per_ms / 1e9:.2f} TB/s (measured by a copy) and {exps_per_ms / 1e9:.2f} T exp/s")
+    print(f"  upsample_argmax              {(scores + pixels) / bytes_per_ms:10.4f} ms, memory")
+    print(f"  upsample_cross_entropy       {(2 * crop_scores + crops) / bytes_per_ms:10.4f} ms, memory")
+    print(f"  upsample_cross_entropy       {crops * CLASSES / exps_per_ms:10.4f} ms, exponentials")
+    print(f"  confusion_matrix             {2 * pixels / bytes_per_ms:10.4f} ms, memory")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="checkpoint of a trained network, whose scores are labelled")
@@ -217,6 +233,8 @@ def main(argv: list[str] | None = None) -> None:
     name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name()
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {used}")
     results = []
+    if device.type == "cuda":
+        print_floors(device)
 
     logits, labels = trained_logits(args.weights, args.image)
     corners = logits.argmax(1)
