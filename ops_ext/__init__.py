@@ -5,8 +5,8 @@ that never write class scores at full resolution; they are compiled on first use
 compiler (g++ or clang++), for GPUs also nvcc. Where that fails, and on other devices, the reference runs, with the same
 results; one warning names the cause. `implementations()` says what runs on this machine.
 
-All of them trace under `torch.compile` without graph breaks. Under autocast they take logits as they arrive: sums are float32
-whatever the logits, so that there is nothing to cast.
+The kernels trace under `torch.compile` without graph breaks. Under autocast they take logits as they arrive: they compute in
+float32 whatever the logits (float64 for float64), so that there is nothing to cast.
 
 This folder needs torch alone, and may be copied into another project as it is.
 """
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compiler import BuildError, build
+from .compiler import BuildError, load
 
 __all__ = [
     "accelerate",
@@ -75,13 +75,15 @@ def _compiled(device_type: str) -> bool:
 @functools.cache
 def _load(backend: str) -> bool:
     try:
-        torch.ops.load_library(str(build(backend)))
-    except (BuildError, OSError) as error:
+        if backend == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (7, 5):
+            raise BuildError(f"{torch.cuda.get_device_name()} is older than Turing (compute capability 7.5)")
+        first = load(backend)
+    except BuildError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not once for each process of torchrun
-            message = f"ops_ext: no compiled {backend} kernels; plain PyTorch runs instead, slower, with the same results. Cause: {error}"
+            message = f"ops_ext: no compiled {backend} kernels; plain PyTorch runs instead, slower. Cause: {error}"
             warnings.warn(message, RuntimeWarning, stacklevel=4)
         return False
-    if backend == "cpu":  # which brings the schemas
+    if first and backend == "cpu":  # which brings the schemas
         torch.library.register_fake("ops_ext::upsample_argmax", _argmax_fake)
         torch.library.register_fake("ops_ext::upsample_cross_entropy", _cross_entropy_fake)
         torch.library.register_fake("ops_ext::upsample_cross_entropy_backward", _cross_entropy_backward_fake)
@@ -126,8 +128,8 @@ def upsample_argmax(logits: Tensor, size: Sequence[int], align_corners: bool = F
     _check_logits(logits)
     if logits.shape[1] > MAX_CLASSES:
         raise ValueError(f"logits have {logits.shape[1]} classes, expected at most {MAX_CLASSES}: labels are uint8")
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size is {tuple(size)}, expected (height, width) of at least 1 pixel each")
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size is {size}, expected (height, width) of at least 1 pixel each")
     if not _compiled(logits.device.type):
         return upsample_argmax_reference(logits, size, align_corners)
     return torch.ops.ops_ext.upsample_argmax(logits, size[0], size[1], align_corners)
@@ -155,7 +157,8 @@ def upsample_cross_entropy_reference(
         logits = logits.float()
     target = target.long()
     valid = target != ignore_index
-    if target.device.type == "cpu":  # elsewhere looking at values would wait for the device
+    # On other devices looking at values would wait for the device, and in compiled code it would break the graph.
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_range("target", target[valid], logits.shape[1], f" or {ignore_index} (ignore_index)")
     scores = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=align_corners)
     loss = F.cross_entropy(
@@ -186,7 +189,7 @@ def upsample_cross_entropy(
 
     `F.cross_entropy(F.interpolate(logits, target.shape[-2:], mode="bilinear"), target, ...)`, with two differences: where
     every pixel is ignored, the mean is 0 with zero gradients (PyTorch: NaN), and float16 and bfloat16 logits give a
-    float32 loss. The result is the same in every run, whatever the number of threads.
+    float32 loss. The kernels' results are the same in every run, whatever the number of threads.
 
     Args:
         logits: (N, C, h, w) float32, bfloat16, float16 or float64 of any strides.
@@ -202,20 +205,19 @@ def upsample_cross_entropy(
 
     Raises:
         ValueError: wrong rank, dtype, batch size, device, number of weights, smoothing or reduction.
-        RuntimeError: a label outside the range. On CUDA, where to look would be to wait for the device, the loss is NaN
-            instead and the kernel prints the label.
+        RuntimeError: a label outside the range. Not on CUDA, where to look would be to wait for the device: there the loss
+            is NaN and the kernel prints the label.
     """
     _check_logits(logits)
     _check_labels("target", target)
     if target.ndim != 3 or target.shape[0] != logits.shape[0] or target.numel() == 0:
         raise ValueError(f"target has shape {tuple(target.shape)}, expected ({logits.shape[0]}, H, W) like the logits")
     _check_device("target", target, "logits", logits)
-    loss_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if weight is not None:
         if weight.shape != (logits.shape[1],):
             raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({logits.shape[1]},), one per class")
-        if weight.dtype != loss_dtype:
-            raise ValueError(f"weight is {weight.dtype}, expected {loss_dtype} like the loss")
+        if weight.dtype != _loss_dtype(logits):
+            raise ValueError(f"weight is {weight.dtype}, expected {_loss_dtype(logits)} like the loss")
         _check_device("weight", weight, "logits", logits)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing}, expected a share from 0 to 1")
@@ -243,18 +245,21 @@ def upsample_cross_entropy(
 
 
 def _mean(loss: Tensor, total: Tensor) -> Tensor:
-    return loss / total.clamp(min=torch.finfo(loss.dtype).tiny)  # 0 / tiny = 0 where all is ignored
+    return loss / total.where(total != 0, torch.finfo(loss.dtype).tiny)  # 0 / tiny = 0 where all is ignored
+
+
+def _loss_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _gradient_fake(logits):
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     channels_last = not logits.is_contiguous() and logits.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(logits.shape, dtype=dtype, device=logits.device, memory_format=memory_format)
+    return torch.empty(logits.shape, dtype=_loss_dtype(logits), device=logits.device, memory_format=memory_format)
 
 
 def _cross_entropy_fake(logits, target, weight, ignore_index, label_smoothing, align_corners, per_pixel, with_grad):
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = _loss_dtype(logits)
     loss = logits.new_empty(target.shape if per_pixel else (), dtype=dtype)
     grad = _gradient_fake(logits) if with_grad else logits.new_empty((0,), dtype=dtype)
     return loss, logits.new_empty((), dtype=dtype), grad
@@ -300,7 +305,7 @@ def confusion_matrix_reference(prediction: Tensor, target: Tensor, num_classes: 
 
 
 def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
-    """How often each true class was predicted as each class.
+    """How often each true class was predicted as each class. On CUDA this waits for the device, to look for bad labels.
 
     Args:
         prediction: label maps of any shape, uint8 or int64, in [0, num_classes) wherever the target is not ignored.

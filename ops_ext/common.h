@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -40,8 +41,9 @@ struct Axis {
     scale = !align ? T(in) / T(out) : out > 1 ? T(in - 1) / T(out - 1) : T(0);
   }
 
+  // Rounded once, by fma: wherever this is inlined it gives the same bits, on which first() and upper() have to agree.
   HOST_DEVICE T source(int64_t o) const {
-    const T at = align_corners ? scale * T(o) : scale * (T(o) + T(0.5)) - T(0.5);
+    const T at = align_corners ? scale * T(o) : std::fma(scale, T(o) + T(0.5), T(-0.5));
     return at > T(0) ? at : T(0);
   }
 
@@ -111,6 +113,7 @@ inline void check_cross_entropy(const Tensor& logits, const Tensor& target, cons
   check(is_label(target.scalar_type()), "target has another dtype than expected, uint8 or int64");
   check(target.dim() == 3 && target.size(0) == logits.size(0) && target.numel() > 0, "target has shape ", shape(target),
         ", expected (", logits.size(0), ", H, W) like the logits");
+  check(target.size(2) <= INT32_MAX, "target is ", target.size(2), " pixels wide, expected less than 2^31");
   check(same_device(logits, target), "target is on another device than the logits");
   const auto loss_type = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   if (weight) {

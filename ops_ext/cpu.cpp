@@ -103,15 +103,16 @@ template <class T>
 struct Scores {  // (N, C, h, w) logits of any strides and floating dtype, read row by row as T
   const void* data;
   int64_t strides[4];
-  int64_t n, classes, h, w, stride;
+  int64_t n, classes, h, w;
+  int64_t row_stride;  // of a row as read: w + 1 columns, and room to load whole vectors from any of them
   RowLoader<T> loader;
 
   explicit Scores(const Tensor& logits)
       : data(logits.const_data_ptr()), n(logits.size(0)), classes(logits.size(1)), h(logits.size(2)), w(logits.size(3)),
-        stride(round_up(w + 1, LANES<T>) + LANES<T>), loader(row_loader<T>(logits.scalar_type())) {
+        row_stride(round_up(w + 1, LANES<T>) + LANES<T>), loader(row_loader<T>(logits.scalar_type())) {
     for (int d = 0; d < 4; ++d) strides[d] = logits.stride(d);
   }
-  void read(int64_t image, int64_t i, T* row) const { loader(data, strides, classes, w, image, i, stride, row); }
+  void read(int64_t image, int64_t i, T* row) const { loader(data, strides, classes, w, image, i, row_stride, row); }
 };
 
 // ------------------------------------------------------------------------------------------------------------ upsample_argmax
@@ -197,7 +198,7 @@ class Argmax {
   };
 
   void intervals(int64_t begin, int64_t end) const {
-    ArgmaxRow<T> top(scores.classes, scores.stride), bottom(scores.classes, scores.stride);
+    ArgmaxRow<T> top(scores.classes, scores.row_stride), bottom(scores.classes, scores.row_stride);
     std::vector<uint8_t> fill(columns.out);
     std::vector<int64_t> mixed(scores.w);
     std::vector<Candidate> candidates(scores.classes);
@@ -234,7 +235,7 @@ class Argmax {
 
   void read(int64_t n, int64_t i, ArgmaxRow<T>& row) const {
     scores.read(n, i, row.scores.data());
-    label_row(row.scores.data(), scores.classes, scores.stride, scores.w, row.label.data(), row.ordinary.data());
+    label_row(row.scores.data(), scores.classes, scores.row_stride, scores.w, row.label.data(), row.ordinary.data());
   }
 
   uint8_t* line(int64_t n, int64_t y) const { return out + (n * rows.out + y) * columns.out; }
@@ -262,11 +263,11 @@ class Argmax {
     using Mask = typename VectorOf<IntOf<T>, 4 * sizeof(T)>::type;
     Four a_bar, b_bar, c_bar, d_bar;
     for (int v = 0; v < 4; ++v) {
-      const int64_t at = winner[v] * scores.stride;
+      const int64_t at = winner[v] * scores.row_stride;
       a_bar[v] = top[at], b_bar[v] = top[at + 1], c_bar[v] = below[at], d_bar[v] = below[at + 1];
     }
     int64_t count = 0;
-    for (int64_t k = 0; k < scores.classes; ++k, top += scores.stride, below += scores.stride) {
+    for (int64_t k = 0; k < scores.classes; ++k, top += scores.row_stride, below += scores.row_stride) {
       const T a = top[0], b = top[1], c = below[0], d = below[1];
       const Mask lower = (Four{} + a < a_bar) & (Four{} + b < b_bar) & (Four{} + c < c_bar) & (Four{} + d < d_bar);
       candidates[count] = {{a, b, c, d}, IntOf<T>(k)};
@@ -306,7 +307,7 @@ class Argmax {
   void odd_cell(const ArgmaxRow<T>& top, const ArgmaxRow<T>& below, int64_t n, int64_t j, int64_t y0, int64_t y1) const {
     for (int64_t y = y0; y < y1; ++y)
       for (int64_t x = first_column[j]; x < first_column[j + 1]; ++x)
-        line(n, y)[x] = argmax_at(&top.scores[j], &below.scores[j], scores.classes, scores.stride, rows.upper(y), upper[x]);
+        line(n, y)[x] = argmax_at(&top.scores[j], &below.scores[j], scores.classes, scores.row_stride, rows.upper(y), upper[x]);
   }
 };
 
@@ -465,7 +466,7 @@ class CrossEntropy {
   std::vector<T> class_weight;
   T weight_sum = 0;
 
-  static constexpr int64_t NONE = std::numeric_limits<int64_t>::min();
+  static constexpr int64_t NONE = 0;  // a label that is never bad
   std::atomic<int64_t> bad_label{NONE};
 
   struct Scratch {
@@ -476,7 +477,7 @@ class CrossEntropy {
     std::vector<T> soft, soft_phase;        // factor of the sum of -log p of all classes
     std::vector<V> exps;                    // [class][phase of the group]
     explicit Scratch(const CrossEntropy& op)
-        : top(op.scores.classes * op.scores.stride), bottom(top.size()), row(top.size()), label(op.columns.out + 1),
+        : top(op.scores.classes * op.scores.row_stride), bottom(top.size()), row(top.size()), label(op.columns.out + 1),
           label_phase(op.phases * op.cells), hard(label.size()), hard_phase(label_phase.size()), soft(label.size()),
           soft_phase(label_phase.size()), exps(op.scores.classes * GROUP) {
       if (op.grad)
@@ -575,7 +576,7 @@ class CrossEntropy {
     }
     V* exps = s.exps.data();
     const T* row = s.row.data() + j;
-    for (int64_t k = 0; k < scores.classes; ++k, row += scores.stride, exps += Q) {
+    for (int64_t k = 0; k < scores.classes; ++k, row += scores.row_stride, exps += Q) {
       const V left = load<V>(row), right = load<V>(row + 1);
       for (int q = 0; q < Q; ++q) {
         const V score = w0[q] * left + w1[q] * right;
@@ -819,8 +820,9 @@ void confusion_of(const Tensor& prediction, const Tensor& target, int64_t num_cl
   std::atomic<int64_t> first_bad{none};  // position
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t grain = std::max<int64_t>(1 << 16, (size + threads - 1) / threads);
+  const bool many = bins > 1 << 20;  // too many for a table per thread
   parallel_for(0, size, grain, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> table(bins);
+    std::vector<int64_t> table(many ? 0 : bins);
     for (int64_t at = begin; at < end; ++at) {
       const int64_t t = truth[at], p = guess[at];
       if (t == ignore_index) continue;
@@ -829,9 +831,12 @@ void confusion_of(const Tensor& prediction, const Tensor& target, int64_t num_cl
         while (at < before && !first_bad.compare_exchange_weak(before, at)) {}
         break;
       }
-      ++table[t * num_classes + p];
+      if (many)
+        ++sums[t * num_classes + p];
+      else
+        ++table[t * num_classes + p];
     }
-    for (int64_t bin = 0; bin < bins; ++bin)
+    for (size_t bin = 0; bin < table.size(); ++bin)
       if (table[bin]) sums[bin] += table[bin];
   });
   if (first_bad != none) {

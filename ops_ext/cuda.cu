@@ -1,4 +1,4 @@
-// The CUDA kernels. One thread per result and no floating-point atomics, so that every run gives the same bits.
+// The CUDA kernels. Every result is summed by one thread, without floating-point atomics, so that every run gives the same bits.
 //
 // Positions are 64-bit throughout. Half-precision logits are cast to float32 first: at low resolution that costs next to nothing.
 
@@ -23,17 +23,12 @@ void check_cuda(cudaError_t error) { check(error == cudaSuccess, "CUDA: ", cudaG
 // Makes the tensor's device the current one for as long as this lives; launches go to PyTorch's current stream there.
 class OnDeviceOf {
  public:
-  explicit OnDeviceOf(const Tensor& tensor) {
-    const int device = tensor.get_device_index();
-    check_cuda(cudaGetDevice(&before));
-    if (device != before) check_cuda(cudaSetDevice(device));
+  explicit OnDeviceOf(const Tensor& tensor) : guard(tensor.get_device_index()) {
     void* current = nullptr;
+    const int device = tensor.get_device_index();
     check(aoti_torch_get_current_cuda_stream(device, &current) == 0, "PyTorch has no current stream on CUDA device ", device);
     stream = static_cast<cudaStream_t>(current);
   }
-  OnDeviceOf(const OnDeviceOf&) = delete;
-  OnDeviceOf& operator=(const OnDeviceOf&) = delete;
-  ~OnDeviceOf() { cudaSetDevice(before); }
 
   template <class... Parameters>
   void launch(void (*kernel)(Parameters...), int64_t threads, std::type_identity_t<Parameters>... arguments) const {
@@ -41,14 +36,15 @@ class OnDeviceOf {
     const int64_t blocks = (threads + BLOCK - 1) / BLOCK;
     check(blocks <= std::numeric_limits<int32_t>::max(), "the tensors are too large for one launch: ", threads, " threads");
     void* pointers[] = {static_cast<void*>(&arguments)...};
-    check_cuda(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(BLOCK), pointers, 0, stream));
-    check_cuda(cudaGetLastError());
+    const auto error = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(BLOCK), pointers, 0, stream);
+    cudaGetLastError();  // which the next launch, PyTorch's own, would else take for its own error
+    check_cuda(error);
   }
 
   cudaStream_t stream;
 
  private:
-  int before = 0;
+  torch::stable::accelerator::DeviceGuard guard;
 };
 
 template <class T>
@@ -195,6 +191,8 @@ __device__ float logarithm(float x) { return logf(x); }
 __device__ double logarithm(double x) { return log(x); }
 
 constexpr int IGNORED = -1, IMPOSSIBLE = -2;
+constexpr unsigned MOST_MESSAGES = 10;  // about impossible labels, by one process
+__device__ unsigned messages = 0;
 
 // Labels, and what the loss is made of beside them and the logits.
 template <class T>
@@ -275,9 +273,10 @@ __global__ void losses(Scores<T> s, Axis<T> rows, Axis<T> columns, Loss<T> loss,
         if (loss.smoothing != T(0)) value += loss.smoothing * (weight_sum * log_sum - spread[r]);
         sum_of_weights += weight;
       } else if (label[r] == IMPOSSIBLE) {
-        printf("upsample_cross_entropy: target holds %lld, expected labels from 0 to %lld or %lld (ignore_index)\n",
-               static_cast<long long>(loss.stored(n, y + r, x)), static_cast<long long>(loss.classes - 1),
-               static_cast<long long>(loss.ignore_index));
+        if (atomicAdd(&messages, 1u) < MOST_MESSAGES)
+          printf("upsample_cross_entropy: target holds %lld, expected labels from 0 to %lld or %lld (ignore_index)\n",
+                 static_cast<long long>(loss.stored(n, y + r, x)), static_cast<long long>(loss.classes - 1),
+                 static_cast<long long>(loss.ignore_index));
         value = log_sum = NOT_A_NUMBER<T>;
       }
       if (log_sums) log_sums[pixel] = log_sum;
@@ -303,29 +302,30 @@ __global__ void cell_gradients(Scores<T> s, Axis<T> rows, Axis<T> columns, Loss<
   const T a = cell.top_left[layer], b = cell.top_right[layer], c = cell.bottom_left[layer], d = cell.bottom_right[layer];
   const T weight_sum = loss.smoothing != T(0) ? loss.weight_sum() : T(0);
   T sum_a = 0, sum_b = 0, sum_c = 0, sum_d = 0;
-  for (int64_t y = rows.first(i); y < y1; ++y) {
-    const T h1 = rows.upper(y), h0 = T(1) - h1;
-    const T left = h0 * a + h1 * c, right = h0 * b + h1 * d;
-    T sum_left = 0, sum_right = 0;
-    for (int64_t x = x0; x < x1; ++x) {
+  for (int64_t x = x0; x < x1; ++x) {
+    const T w1 = columns.upper(x), w0 = T(1) - w1;
+    const T top = w0 * a + w1 * b, bottom = w0 * c + w1 * d;
+    T sum_top = 0, sum_bottom = 0;
+    for (int64_t y = rows.first(i); y < y1; ++y) {
       const int label = loss.label(n, y, x);
       if (label == IGNORED) continue;
       const int64_t pixel = (n * rows.out + y) * columns.out + x;
-      const T w1 = columns.upper(x), w0 = T(1) - w1;
+      const T h1 = rows.upper(y), h0 = T(1) - h1;
       const T factor = loss.pixel_grad ? loss.pixel_grad[pixel] : T(1);
       const T hard = label >= 0 ? loss.hard * loss.weight_of(label) * factor : factor;
       const T soft = loss.smoothing * factor;
-      // Where the label is impossible, the logarithm is NaN.
-      T each = (hard + soft * weight_sum) * exponential(w0 * left + w1 * right - log_sums[pixel]);
+      // A logarithm of a probability, never above 0 but by rounding; NaN where the label is impossible.
+      const T log_p = h0 * top + h1 * bottom - log_sums[pixel];
+      T each = (hard + soft * weight_sum) * exponential(log_p > T(0) ? T(0) : log_p);
       if (label == k) each -= hard;
       if (loss.smoothing != T(0)) each -= soft * loss.weight_of(k);
-      sum_left += w0 * each;
-      sum_right += w1 * each;
+      sum_top += h0 * each;
+      sum_bottom += h1 * each;
     }
-    sum_a += h0 * sum_left;
-    sum_b += h0 * sum_right;
-    sum_c += h1 * sum_left;
-    sum_d += h1 * sum_right;
+    sum_a += w0 * sum_top;
+    sum_b += w1 * sum_top;
+    sum_c += w0 * sum_bottom;
+    sum_d += w1 * sum_bottom;
   }
   T* part = parts + cell_at * 4 * s.classes + k;
   part[0] = sum_a;
