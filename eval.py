@@ -34,6 +34,7 @@ from model import MIN_SIZE, CheckpointError, FastSCNN, build_from_checkpoint, re
 from ops_ext import accelerate, confusion_matrix
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
 
 class UsageError(ValueError):
@@ -274,7 +275,7 @@ def run_evaluation(args: argparse.Namespace) -> dict:
             f"{args.weights}: has other classes, such as {differing[0]}; choose the dataset it was trained on"
         )
     device, rank, world_size = start_processes(args.device)
-    segment = accelerate(model, device=device, autocast=AMP_DTYPES[args.amp], mean=MEAN, std=STD)
+    segment = accelerate(model, device=device, precision=PRECISIONS[args.amp or "auto"], mean=MEAN, std=STD)
     sheet = ContactSheet(dataset.classes, args.sheet_rows) if args.sheet and rank == 0 else None
     confusion = evaluate(segment, dataset, device=device, workers=args.workers, rank=rank, world_size=world_size, sheet=sheet)
     result = metrics(confusion, dataset.classes)
@@ -303,7 +304,7 @@ def run_prediction(args: argparse.Namespace) -> dict:
         raise CheckpointError(f"{args.weights}: holds no classes, so no colours; take a checkpoint that train.py wrote")
     classes = Classes.from_dict(checkpoint["classes"])
     device, rank, world_size = start_processes(args.device)
-    segment = accelerate(model, device=device, autocast=AMP_DTYPES[args.amp], mean=MEAN, std=STD)
+    segment = accelerate(model, device=device, precision=PRECISIONS[args.amp or "auto"], mean=MEAN, std=STD)
     out = Path(args.out)
     for path in tqdm(pictures[rank::world_size], "prediction", unit="image", leave=False, disable=None if rank == 0 else True):
         image = read_image(path)
@@ -328,7 +329,7 @@ def run_benchmark(args: argparse.Namespace) -> dict:
         raise UsageError(f"--size is {args.size[0]} {args.size[1]}, expected at least {MIN_SIZE} pixels each")
     model = build_from_checkpoint(read_checkpoint(args.weights), args.weights) if args.weights else FastSCNN()
     device, rank, _ = start_processes(args.device)
-    segment = accelerate(model, device=device, autocast=AMP_DTYPES[args.amp], mean=MEAN, std=STD)
+    segment = accelerate(model, device=device, precision=PRECISIONS[args.amp or "auto"], mean=MEAN, std=STD)
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (args.batch_size, *args.size, 3), np.uint8))
     times = []
     for _ in range(args.warmup + args.repeats):
@@ -339,7 +340,7 @@ def run_benchmark(args: argparse.Namespace) -> dict:
     latency_ms = {"median": statistics.median(times), "p95": times[math.ceil(0.95 * (len(times) - 1))], "min": times[0]}
     result = {
         "device": device.type if device.type == "cpu" else torch.get_device_module(device).get_device_name(device),
-        "precision": "fp32" if args.amp == "off" else args.amp,
+        "precision": segment.precision,
         "size": list(args.size),
         "batch_size": args.batch_size,
         "latency_ms": {name: round(value, 3) for name, value in latency_ms.items()},
@@ -371,7 +372,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--repeats", type=int, default=20, metavar="N", help="timed runs, for --benchmark (default: %(default)s)"
     )
     parser.add_argument("--warmup", type=int, default=3, metavar="N", help="untimed runs before (default: %(default)s)")
-    parser.add_argument("--amp", choices=AMP_DTYPES, default="off", help="mixed precision of the network (default: float32)")
+    parser.add_argument(
+        "--amp",
+        choices=PRECISIONS,
+        help="precision of the network (default: off, float32, to evaluate; else auto, the fastest)",
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: the machine's accelerator, or else the CPU)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="decoding processes (default: %(default)s)")
     return parser

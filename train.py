@@ -307,7 +307,7 @@ def validate(run: Run, dataset: SegmentationDataset) -> dict:
     if run.world_size > 1 and not run.syncs_bn:
         for buffer in run.model.buffers():  # they differ by the last step: the statistics of rank 0 count, and are saved
             dist.broadcast(buffer, 0)
-    segment = accelerate(run.model, device=run.device, autocast=run.amp_dtype, mean=MEAN, std=STD)
+    segment = accelerate(run.model, device=run.device, precision=run.amp_dtype or torch.float32, mean=MEAN, std=STD)
     confusion = evaluate(
         segment, dataset, device=run.device, workers=run.args.workers, rank=run.rank, world_size=run.world_size
     )

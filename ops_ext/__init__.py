@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compiler import BuildError, load
+from .fused import FusedFastSCNN
 
 __all__ = [
     "accelerate",
@@ -343,7 +344,7 @@ def accelerate(
     model: nn.Module,
     *,
     device: torch.device | str | None = None,
-    autocast: torch.dtype | None = None,
+    precision: torch.dtype | None = None,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Callable[[Tensor], Tensor]:
@@ -352,30 +353,81 @@ def accelerate(
         segment = accelerate(load_weights("best_model.pth"))
         labels = segment(torch.from_numpy(numpy.array(image))[None])[0]
 
+    On the CPU model.py's Fast-SCNN runs in kernels of its own, at any size without a compilation. Another network, or another
+    device, runs in PyTorch in channels_last with the last step fused.
+
     Args:
         model: a network whose `model(x, upsample=False)` gives class scores at a lower resolution.
         device: where to run; None leaves the model where it is.
-        autocast: bfloat16 or float16 for mixed precision; None for float32.
+        precision: float32, or bfloat16 or float16 for what is multiplied; None for the fastest that the device has and that
+            loses next to nothing: bfloat16 where the CPU or the GPU multiplies it, else float32.
         mean, std: of the training images per channel, in units of 1 (white).
 
     Returns:
-        A function from (N, H, W, 3) uint8 RGB, on any device, to (N, H, W) uint8 labels on `device`.
+        A function from (N, H, W, 3) uint8 RGB, on any device, to (N, H, W) uint8 labels on `device`. Its attribute
+        `precision` names what it multiplies: fp32, bf16 or fp16.
+
+    Raises:
+        ValueError: a precision that is none of these; from the function: what is no batch of images.
     """
+    if precision not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"precision is {precision}, expected float32, bfloat16, float16 or None")
     device = torch.device(device) if device is not None else next(model.parameters()).device
     model = copy.deepcopy(model).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    fused = _fused(model, precision, mean, std) if device.type == "cpu" else None
+    if precision is None:
+        precision = _fast_precision(device) if fused is None else torch.bfloat16 if fused.half else torch.float32
+    autocast = None if precision == torch.float32 else precision
     shift = torch.tensor(mean, device=device).view(3, 1, 1) * 255
     scale = 1 / (torch.tensor(std, device=device).view(3, 1, 1) * 255)
 
     @torch.inference_mode()
     def segment(images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, expected uint8 (N, H, W, 3)")
-        pixels = images.to(device).permute(0, 3, 1, 2)  # (N, 3, H, W), channels_last in memory
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.numel() == 0:
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, expected uint8 (N, H, W, 3), not empty")
+        images = images.to(device)
+        if fused is not None:
+            return fused(images)
+        pixels = images.permute(0, 3, 1, 2)  # (N, 3, H, W), channels_last in memory
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             logits = model((pixels.float() - shift) * scale, upsample=False)  # (N, C, H/8, W/8)
         return upsample_argmax(logits, images.shape[1:3])
 
+    segment.precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(precision, "fp32")
     return segment
+
+
+def _fast_precision(device: torch.device) -> torch.dtype:
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float32
+
+
+@torch.inference_mode()
+def _fused(
+    model: nn.Module, precision: torch.dtype | None, mean: Sequence[float], std: Sequence[float]
+) -> FusedFastSCNN | None:
+    """The network in kernels of its own, if it is a Fast-SCNN of the shape that they compute, and they are there."""
+    if precision == torch.float16 or not _compiled("cpu"):
+        return None
+    has_half = torch.ops.ops_ext.has_bfloat16()
+    if precision == torch.bfloat16 and not has_half:
+        return None
+    half = has_half and precision != torch.float32
+    images = torch.arange(2 * 48 * 80 * 3).mul(7919).bitwise_and(255).byte().view(2, 48, 80, 3)
+    pixels = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    try:
+        fused = FusedFastSCNN(model, mean, std, half)
+        scores = fused.logits(images)
+    except (AttributeError, RuntimeError):
+        return None
+    # Submodules of these names and sizes may still be put together otherwise: what counts is what comes out.
+    expected = model(pixels.contiguous(memory_format=torch.channels_last), upsample=False)
+    error = (scores - expected).norm() / expected.norm() if scores.shape == expected.shape else torch.tensor(1.0)
+    return fused if error < (0.05 if half else 1e-3) else None
 
 
 # ----------------------------------------------------------------------------------------------------------------- checks

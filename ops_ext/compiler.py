@@ -78,19 +78,20 @@ def build(backend: str, extra_flags: Sequence[str] = ()) -> Path:
     with _errors_named():
         if backend == "cuda":
             return _build_cuda(extra_flags)
-        return build_library("cpu", [FOLDER / "cpu.cpp"], extra_flags)
+        return build_library("cpu", [FOLDER / "cpu.cpp", FOLDER / "blocks.cpp"], extra_flags)
 
 
 def build_library(name: str, sources: Sequence[Path], extra_flags: Sequence[str] = ()) -> Path:
-    """A library of C++ operators for this CPU: the first source compiled, the others those that it includes."""
+    """A library of C++ operators for this CPU, of sources and of the files that they include."""
     compiler = _compiler()
     native, machine = _this_cpu(compiler)
     flags = [*COMMON_FLAGS, *CPU_FLAGS, *native, *extra_flags]
     key = _key(name, sources, compiler, flags, machine)
     with _claim(key) as (library, partial):
         if partial is not None:
-            _say(f"compiling the {name} kernels for this machine, once: about 5 s")
-            _run([*compiler, *flags, str(sources[0]), "-o", str(partial), *_torch_libraries("torch_cpu", "c10")])
+            _say(f"compiling the {name} kernels for this machine, once: about 10 s")
+            units = [str(source) for source in sources if source.suffix == ".cpp"]
+            _run([*compiler, *flags, *units, "-o", str(partial), *_torch_libraries("torch_cpu", "c10")])
     return library
 
 

@@ -1,0 +1,197 @@
+"""Fast-SCNN in the kernels of blocks.cpp gives what the module gives, at any size; what is no Fast-SCNN runs in PyTorch."""
+
+import pytest
+import torch
+from torch import nn
+
+import ops_ext
+from model import FastSCNN
+from ops_ext import accelerate, compiler
+from ops_ext.fused import FusedFastSCNN
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    try:
+        compiler.build("cpu")
+    except compiler.BuildError as error:
+        pytest.skip(f"no kernels: {error}")
+    ops_ext.implementations("cpu")
+
+
+def network(num_classes: int = 19, seed: int = 0) -> FastSCNN:
+    """A network whose batch normalisations have seen something, as a trained one's have."""
+    torch.manual_seed(seed)
+    model = FastSCNN(num_classes)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.eval()
+
+
+def scores_of(model: FastSCNN, images: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(each, dtype=torch.float64).view(3, 1, 1) for each in (MEAN, STD))
+    with torch.inference_mode():
+        return model.double()((images.permute(0, 3, 1, 2).double() / 255 - mean) / std, upsample=False)
+
+
+def images_of(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("num_classes", [1, 5, 19, 32])
+@pytest.mark.parametrize("shape", [(1, 32, 32), (2, 97, 131), (1, 33, 400), (3, 64, 96), (1, 255, 257)])
+def test_scores_are_the_networks(shape, num_classes):
+    model, images = network(num_classes), images_of(*shape)
+    with torch.inference_mode():
+        scores = FusedFastSCNN(model, MEAN, STD, half=False).logits(images)
+    expected = scores_of(model, images)
+    assert scores.shape == expected.shape
+    assert (scores - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 96), (2, 97, 131)])
+def test_scores_in_bfloat16_are_close_to_the_networks(shape):
+    if not torch.ops.ops_ext.has_bfloat16():
+        pytest.skip("no AVX512-BF16 on this CPU")
+    model, images = network(), images_of(*shape)
+    with torch.inference_mode():
+        scores = FusedFastSCNN(model, MEAN, STD, half=True).logits(images)
+    expected = scores_of(model, images)
+    assert (scores - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, None])
+def test_labels_are_the_networks_when_sizes_change(precision):
+    model = network()
+    segment = accelerate(model, precision=precision)
+    for shape in ((1, 64, 96), (2, 97, 131), (1, 64, 96), (1, 40, 40)):
+        images = images_of(*shape)
+        labels = segment(images)
+        expected = ops_ext.upsample_argmax_reference(scores_of(model, images), shape[1:])
+        assert (labels == expected).float().mean() > (0.999 if precision == torch.float32 else 0.97)
+
+
+def test_threads_may_call_at_once_and_in_any_number():
+    model, images = network(), [images_of(1, 64 + 8 * k, 96) for k in range(4)]
+    segment = accelerate(model, precision=torch.float32)
+    expected = [segment(each) for each in images]
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            assert all(torch.equal(a, b) for a, b in zip(pool.map(segment, images), expected))
+    torch.set_num_threads(3)
+    results = [segment(each) for each in images]
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected))
+
+
+def test_a_network_put_together_otherwise_is_noticed_and_runs_as_it_is():
+    class Other(FastSCNN):
+        def forward(self, x, upsample=True):
+            return super().forward(x.flip(1), upsample)
+
+    torch.manual_seed(0)
+    model = Other(5).eval()
+    images = images_of(1, 64, 96)
+    labels = accelerate(model, precision=torch.float32)(images)
+    expected = ops_ext.upsample_argmax_reference(scores_of(model, images), (64, 96))
+    assert (labels == expected).float().mean() > 0.999
+
+
+def test_any_other_network_runs_in_pytorch():
+    class Tiny(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 8, 8)
+
+        def forward(self, x, upsample=True):
+            return self.conv(x)
+
+    segment = accelerate(Tiny(), precision=torch.float32)
+    assert segment(images_of(1, 64, 96)).shape == (1, 64, 96) and segment.precision == "fp32"
+
+
+@pytest.mark.parametrize("shape", [(1, 20, 20, 4), (1, 20, 20), (0, 32, 32, 3)])
+def test_what_is_no_batch_of_images_is_refused(shape):
+    with pytest.raises(ValueError, match=r"expected uint8 \(N, H, W, 3\), not empty"):
+        accelerate(network())(torch.zeros(shape, dtype=torch.uint8))
+
+
+def test_a_precision_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"precision is torch.int8, expected float32, bfloat16, float16 or None"):
+        accelerate(network(), precision=torch.int8)
+
+
+def arguments_of(op: str) -> list:
+    """Arguments of an operator that fit, of 32 channels and 16 hidden ones."""
+    m = torch.zeros(1, 32, 6, 7).contiguous(memory_format=torch.channels_last)
+    v16, v32 = torch.zeros(16), torch.zeros(32)
+    nine, square = torch.zeros(9, 32), torch.zeros(32, 32)
+    return {
+        "stem_block": [images_of(1, 24, 28), torch.zeros(3), torch.zeros(27, 32), v32, nine, v32, square, v32, m.clone()],
+        "separable_block": [
+            m,
+            torch.zeros(32, 16),
+            v16,
+            torch.zeros(9, 16),
+            v16,
+            torch.zeros(16, 32),
+            v32,
+            1,
+            True,
+            True,
+            True,
+            m.clone(),
+        ],
+        "fusion_block": [m, m[:, :, :2, :2], nine, v32, square, v32, square, v32, 4, m.clone()],
+        "pointwise_block": [m, square, v32, False, m.clone()],
+        "pyramid_block": [
+            m.repeat(1, 2, 1, 1),
+            torch.zeros(256, 16),
+            torch.zeros(64),
+            torch.zeros(64, 32),
+            torch.zeros(64, 32),
+            v32,
+            m.clone(),
+        ],
+    }[op]
+
+
+@pytest.mark.parametrize("op", ["stem_block", "separable_block", "fusion_block", "pointwise_block", "pyramid_block"])
+def test_the_raw_operators_refuse_what_would_leave_memory(op):
+    operator, arguments = getattr(torch.ops.ops_ext, op), arguments_of(op)
+    operator(*arguments)
+    for position, argument in enumerate(arguments):
+        if not isinstance(argument, torch.Tensor) or (op == "fusion_block" and position == 1):
+            continue
+        for wrong in (argument.double(), argument.repeat(*[2] * argument.ndim), argument[..., :-1]):
+            with pytest.raises(RuntimeError, match="expected"):
+                operator(*arguments[:position], wrong, *arguments[position + 1 :])
+
+
+def test_the_sanitizers_find_nothing():
+    from test_kernels import SANITIZERS, build_for_tests, run_sanitized
+
+    code = """
+import sys, torch, ops_ext
+torch.ops.load_library(sys.argv[1])
+from ops_ext.fused import FusedFastSCNN
+from test_fused import MEAN, STD, images_of, network
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    for half in {False, bool(torch.ops.ops_ext.has_bfloat16())}:
+        with torch.inference_mode():
+            fused = FusedFastSCNN(network(), MEAN, STD, half)
+            for shape in ((1, 32, 32), (2, 97, 131), (1, 33, 400)):
+                assert fused(images_of(*shape)).shape == shape
+print("clean")
+"""
+    done = run_sanitized(code, build_for_tests("cpu", *SANITIZERS))
+    assert (done.returncode, done.stdout) == (0, "clean\n"), done.stderr[max(done.stderr.find("ERROR"), 0) :][:3000]
