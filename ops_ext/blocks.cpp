@@ -1,9 +1,9 @@
-// The network's blocks on the CPU, each in one pass over its input: rows of features -> 3x3 depthwise -> 1x1 projection, where the
-// rows are the input itself, its 1x1 expansion, the first convolution of an RGB image, or a smaller map resized.
+// The network's blocks on the CPU: rows of features -> 3x3 depthwise -> 1x1 projection, where the rows are a 1x1 expansion of the
+// input, the first convolution of an RGB image, a smaller map resized, or the rows of another such block.
 //
-// A layer at a time, PyTorch writes such rows to memory and reads them back: six times the input of a bottleneck. Here a thread
-// takes a tile of columns down its rows: the few rows of it that the depthwise kernel needs stay in the second-level cache. The
-// 1x1 convolutions are matrix products of a few pixels with a panel of channels, whose sums stay in registers.
+// A layer at a time, PyTorch writes such rows to memory and reads them back, and that is most of its time. Here a thread takes a
+// tile of columns down its rows, and of each layer only the few rows that the next depthwise kernel needs exist, in the
+// second-level cache. The 1x1 convolutions are matrix products of a few pixels with a panel of channels, whose sums stay in registers.
 
 #include <algorithm>
 #include <cstring>
@@ -181,23 +181,28 @@ struct Map {
   const float* at(int64_t image, int64_t i, int64_t j) const { return data + ((image * h + i) * w + j) * channels; }
 };
 
-// ---------------------------------------------------------------------- where the depthwise convolution's input rows come from
+// ------------------------------------------------------------------------------------------------------------ sources of rows
 
-// Each gives the size of the map that the depthwise convolution sees, and make(), which writes the columns [from, to) of row i.
-// Scratch memory is a thread's own.
+// A source gives the rows of a map of h() x w() pixels. begin() says which columns [from, to) will be asked for, make() writes
+// them for one row, and State is a thread's own memory.
 
 struct Expanded {  // a 1x1 convolution
   Map x;
   Pointwise pointwise;
+  struct State {
+    int64_t from, to;
+    std::vector<uint16_t> half;
+  };
   int64_t h() const { return x.h; }
   int64_t w() const { return x.w; }
-  size_t scratch(int64_t columns) const { return pointwise.half ? columns * x.channels / 2 : 0; }
-  void make(int64_t image, int64_t i, int64_t from, int64_t to, float* row, float* scratch) const {
-    const float* source = x.at(image, i, from);
-    if (!pointwise.half) return pointwise.run(source, to - from, row, nullptr);
-    auto* half = reinterpret_cast<uint16_t*>(scratch);
-    for (int64_t at = 0; at < (to - from) * x.channels; at += LANES) store_half(half + at, load(source + at));
-    pointwise.run(half, to - from, row, nullptr);
+  void begin(int64_t from, int64_t to, State& state) const {
+    state.from = from, state.to = to;
+    if (pointwise.half) state.half.resize((to - from) * x.channels);
+  }
+  void make(int64_t image, int64_t i, float* row, State& state) const {
+    const float* source = x.at(image, i, state.from);
+    for (size_t at = 0; at < state.half.size(); at += LANES) store_half(&state.half[at], load(source + at));
+    pointwise.run(pointwise.half ? static_cast<const void*>(state.half.data()) : source, state.to - state.from, row, nullptr);
   }
 };
 
@@ -208,22 +213,27 @@ struct Stem {  // a 3x3 convolution of stride 2 and ReLU, over uint8 images (N, 
   const float* weight;  // (27, 32), rows in the order ky, kx, channel
   const float* bias;
   static constexpr int CHANNELS = 32, W = CHANNELS / LANES, P = 24 / W < 12 ? 24 / W : 12;
-
+  struct State {
+    int64_t from, to;
+    std::vector<float> pixels;  // three rows of the image
+  };
   int64_t h() const { return (height - 1) / 2 + 1; }
   int64_t w() const { return (width - 1) / 2 + 1; }
-  size_t scratch(int64_t columns) const { return 3 * line(columns + P); }
-  static int64_t line(int64_t columns) { return (2 * columns + 1) * 3; }
-
-  void make(int64_t image, int64_t i, int64_t from, int64_t to, float* row, float* scratch) const {
-    const int64_t size = line(to - from + P);
-    for (int64_t ky = 0; ky < 3; ++ky) read(image, 2 * i + ky - 1, 2 * from - 1, size / 3, scratch + ky * size);
-    // Whole register tiles: the columns beyond `to` are computed from padding, and not stored.
-    for (int64_t p = 0; p < to - from; p += P) {
+  void begin(int64_t from, int64_t to, State& state) const {
+    state.from = from, state.to = to;
+    state.pixels.resize(3 * 3 * (2 * (to - from + P) + 1));
+  }
+  void make(int64_t image, int64_t i, float* row, State& state) const {
+    const int64_t count = state.to - state.from, size = static_cast<int64_t>(state.pixels.size()) / 3;
+    float* pixels = state.pixels.data();
+    for (int64_t ky = 0; ky < 3; ++ky) read(image, 2 * i + ky - 1, 2 * state.from - 1, size / 3, pixels + ky * size);
+    // Whole register tiles: columns beyond the last are computed too, from what happens to be there, and not stored.
+    for (int64_t p = 0; p < count; p += P) {
       V sum[P][W];
       for (int k = 0; k < P; ++k)
         for (int v = 0; v < W; ++v) sum[k][v] = load(bias + v * LANES);
-      for (int64_t ky = 0; ky < 3; ++ky) multiply(sum, scratch + ky * size + 6 * p, 6, weight + 9 * ky * CHANNELS, CHANNELS, 9);
-      for (int k = 0; k < std::min<int64_t>(P, to - from - p); ++k)
+      for (int64_t ky = 0; ky < 3; ++ky) multiply(sum, pixels + ky * size + 6 * p, 6, weight + 9 * ky * CHANNELS, CHANNELS, 9);
+      for (int k = 0; k < std::min<int64_t>(P, count - p); ++k)
         for (int v = 0; v < W; ++v) store(row + (p + k) * CHANNELS + v * LANES, relu_of(sum[k][v]));
     }
   }
@@ -244,13 +254,16 @@ struct Stem {  // a 3x3 convolution of stride 2 and ReLU, over uint8 images (N, 
 struct Resized {  // bilinear, to the size of another map
   Map x;
   Axis<float> rows, columns;
+  struct State {
+    int64_t from, to;
+  };
   int64_t h() const { return rows.out; }
   int64_t w() const { return columns.out; }
-  size_t scratch(int64_t) const { return 0; }
-  void make(int64_t image, int64_t i, int64_t from, int64_t to, float* row, float*) const {
+  void begin(int64_t from, int64_t to, State& state) const { state.from = from, state.to = to; }
+  void make(int64_t image, int64_t i, float* row, State& state) const {
     const int64_t top = rows.lower(i), bottom = std::min(top + 1, x.h - 1);
     const float h1 = rows.upper(i), h0 = 1 - h1;
-    for (int64_t j = from; j < to; ++j, row += x.channels) {
+    for (int64_t j = state.from; j < state.to; ++j, row += x.channels) {
       const int64_t left = columns.lower(j), right = std::min(left + 1, x.w - 1);
       const float w1 = columns.upper(j), w0 = 1 - w1;
       const float *a = x.at(image, top, left), *b = x.at(image, top, right);
@@ -261,103 +274,93 @@ struct Resized {  // bilinear, to the size of another map
   }
 };
 
-struct Direct {  // the input as it is
-  Map x;
-  int64_t h() const { return x.h; }
-  int64_t w() const { return x.w; }
-  size_t scratch(int64_t) const { return 0; }
-};
-
-// ------------------------------------------------------------------------------------------------------------------- the block
-
-constexpr int64_t CACHE_BYTES = 640 << 10;  // for the rows of a tile, in a second-level cache of 1 MiB or more
-
+// A block is itself a source of rows.
 template <class Source>
 struct Block {
   Source source;
   Depthwise depthwise;
   Pointwise project;
-  const Map* added;                // of the output's shape, added before the last ReLU, or null
-  const Pointwise* project_added;  // its 1x1 convolution, or null
-  float* out;
-  int64_t images;
-  static constexpr bool DIRECT = std::is_same_v<Source, Direct>;
+  const Map* added = nullptr;                // of the results' shape, added before the last ReLU
+  const Pointwise* project_added = nullptr;  // through this 1x1 convolution
+  const Pointwise* then = nullptr;           // one more 1x1 convolution, of the results
 
-  int64_t out_h() const { return (source.h() - 1) / depthwise.stride + 1; }
-  int64_t out_w() const { return (source.w() - 1) / depthwise.stride + 1; }
+  struct State {
+    typename Source::State source;
+    int64_t from, to, first, last;  // columns of the results; columns of the source
+    std::vector<float> ring, line, sums, before;
+    std::vector<uint16_t> half;
+    std::vector<int64_t> held;  // which row of the source each slot of the ring holds
+  };
+  int64_t h() const { return (source.h() - 1) / depthwise.stride + 1; }
+  int64_t w() const { return (source.w() - 1) / depthwise.stride + 1; }
+  int64_t channels() const { return then ? then->out : project.out; }
 
-  void run() const {
-    const int64_t hidden = depthwise.channels, s = depthwise.stride, d = depthwise.dilation;
-    const int64_t threads = torch::stable::get_num_threads(), kept = 2 * d + 1;
-    const int64_t fitting = CACHE_BYTES / (kept * hidden * int64_t(sizeof(float)) * s);
-    const int64_t most = DIRECT ? 64 : std::max<int64_t>(16, fitting);
-    const int64_t tiles = (out_w() + most - 1) / most, tile = (out_w() + tiles - 1) / tiles;
-    const int64_t chunks =
-        std::clamp<int64_t>((threads + images * tiles - 1) / (images * tiles), 1, std::max<int64_t>(1, out_h() / 4));
-    const int64_t columns = (tile - 1) * s + kept;
-    parallel_for(0, images * chunks * tiles, 1, [&](int64_t begin, int64_t end) {
-      Scratch scratch;
-      if (!DIRECT) scratch.ring.resize(kept * columns * hidden), scratch.held.resize(kept);
-      scratch.own.resize(source.scratch(columns));
-      scratch.line.resize(tile * hidden);
-      if (project_added) scratch.added.resize(tile * (project.out + added->channels));
-      for (int64_t at = begin; at < end; ++at) {
-        const int64_t t = at % tiles, chunk = at / tiles % chunks, image = at / tiles / chunks;
-        const int64_t x0 = t * tile, x1 = std::min(x0 + tile, out_w());
-        if (x0 < x1) run_tile(image, out_h() * chunk / chunks, out_h() * (chunk + 1) / chunks, x0, x1, scratch);
-      }
-    });
+  void begin(int64_t from, int64_t to, State& state) const {
+    const int64_t s = depthwise.stride, d = depthwise.dilation, count = to - from;
+    state.from = from, state.to = to;
+    state.first = std::max<int64_t>(from * s - d, 0);
+    state.last = std::min((to - 1) * s + d + 1, source.w());
+    state.held.assign(2 * d + 1, -1);
+    state.ring.resize((2 * d + 1) * (state.last - state.first) * depthwise.channels);
+    state.line.resize(count * depthwise.channels);
+    state.before.resize(then ? count * project.out : 0);
+    state.sums.resize(project_added ? count * project.out : 0);
+    state.half.resize(count * std::max(then && then->half ? project.out : 0, added ? added->channels : 0));
+    source.begin(state.first, state.last, state.source);
+  }
+
+  void make(int64_t image, int64_t y, float* to, State& state) const {
+    const int64_t s = depthwise.stride, d = depthwise.dilation, count = state.to - state.from, wide = state.last - state.first;
+    const float* rows[3];
+    for (int ky = 0; ky < 3; ++ky) {
+      const int64_t i = y * s + (ky - 1) * d, slot = i % (2 * d + 1);
+      rows[ky] = nullptr;
+      if (i < 0 || i >= source.h()) continue;
+      float* row = state.ring.data() + slot * wide * depthwise.channels;
+      if (state.held[slot] != i) source.make(image, i, row, state.source);
+      state.held[slot] = i;
+      rows[ky] = row;
+    }
+    const int64_t left = state.from * s - d - state.first;
+    if (project.half)
+      depthwise.run(rows, wide, left, count, reinterpret_cast<uint16_t*>(state.line.data()));
+    else
+      depthwise.run(rows, wide, left, count, state.line.data());
+    const float* add = added ? added->at(image, y, state.from) : nullptr;
+    if (project_added) {
+      convolve(*project_added, add, count, state.sums.data(), state);
+      add = state.sums.data();
+    }
+    project.run(state.line.data(), count, then ? state.before.data() : to, add);
+    if (then) convolve(*then, state.before.data(), count, to, state);
   }
 
  private:
-  struct Scratch {
-    std::vector<float> ring, own, line, added;
-    std::vector<int64_t> held;  // which row each slot of the ring holds
-  };
-
-  void run_tile(int64_t image, int64_t y0, int64_t y1, int64_t x0, int64_t x1, Scratch& scratch) const {
-    const int64_t s = depthwise.stride, d = depthwise.dilation, kept = 2 * d + 1, count = x1 - x0;
-    const int64_t left = x0 * s - d, wide = (count - 1) * s + kept;  // columns that the tile sees, some outside the map
-    const int64_t from = DIRECT ? 0 : std::max<int64_t>(left, 0), to = DIRECT ? source.w() : std::min(left + wide, source.w());
-    std::fill(scratch.held.begin(), scratch.held.end(), -1);
-    for (int64_t y = y0; y < y1; ++y) {
-      const float* rows[3];
-      for (int ky = 0; ky < 3; ++ky) {
-        const int64_t i = y * s + (ky - 1) * d;
-        rows[ky] = i < 0 || i >= source.h() ? nullptr : row(image, i, from, to, scratch);
-      }
-      if (project.half)
-        depthwise.run(rows, to - from, left - from, count, reinterpret_cast<uint16_t*>(scratch.line.data()));
-      else
-        depthwise.run(rows, to - from, left - from, count, scratch.line.data());
-      const float* add = added ? added->at(image, y, x0) : nullptr;
-      if (project_added) {
-        float* sums = scratch.added.data();
-        if (project_added->half) {
-          auto* half = reinterpret_cast<uint16_t*>(sums + count * project.out);
-          for (int64_t at = 0; at < count * added->channels; at += LANES) store_half(half + at, load(add + at));
-          project_added->run(half, count, sums, nullptr);
-        } else {
-          project_added->run(add, count, sums, nullptr);
-        }
-        add = sums;
-      }
-      project.run(scratch.line.data(), count, out + ((image * out_h() + y) * out_w() + x0) * project.out, add);
-    }
-  }
-
-  const float* row(int64_t image, int64_t i, int64_t from, int64_t to, Scratch& scratch) const {
-    if constexpr (DIRECT) {
-      return source.x.at(image, i, from);
-    } else {
-      const int64_t slot = i % (2 * depthwise.dilation + 1);
-      float* held = scratch.ring.data() + slot * (to - from) * depthwise.channels;
-      if (scratch.held[slot] != i) source.make(image, i, from, to, held, scratch.own.data());
-      scratch.held[slot] = i;
-      return held;
-    }
+  static void convolve(const Pointwise& pointwise, const float* from, int64_t count, float* to, State& state) {
+    const int64_t size = pointwise.half ? count * pointwise.in : 0;
+    for (int64_t at = 0; at < size; at += LANES) store_half(&state.half[at], load(from + at));
+    pointwise.run(pointwise.half ? static_cast<const void*>(state.half.data()) : from, count, to, nullptr);
   }
 };
+
+// All rows of a block to `out`, (images, h, w, channels), in tiles of at most `widest` columns.
+template <class Source>
+void run(const Block<Source>& block, int64_t images, int64_t widest, float* out) {
+  const int64_t threads = torch::stable::get_num_threads(), h = block.h(), w = block.w();
+  const int64_t tiles = (w + widest - 1) / widest, tile = (w + tiles - 1) / tiles;
+  const int64_t chunks = std::clamp<int64_t>((threads + images * tiles - 1) / (images * tiles), 1, std::max<int64_t>(1, h / 4));
+  parallel_for(0, images * chunks * tiles, 1, [&](int64_t begin, int64_t end) {
+    typename Block<Source>::State state;
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t t = at % tiles, chunk = at / tiles % chunks, image = at / tiles / chunks;
+      const int64_t from = t * tile, to = std::min(from + tile, w);
+      if (from >= to) continue;
+      block.begin(from, to, state);
+      for (int64_t y = h * chunk / chunks; y < h * (chunk + 1) / chunks; ++y)
+        block.make(image, y, out + ((image * h + y) * w + from) * block.channels(), state);
+    }
+  });
+}
 
 // ------------------------------------------------------------------------------------------------------------------- operators
 
@@ -411,31 +414,27 @@ float* result_of(Tensor& out, int64_t n, int64_t channels, int64_t h, int64_t w)
   return static_cast<float*>(out.mutable_data_ptr());
 }
 
-template <class Source>
-void run_block(Block<Source> block, Tensor& out) {
-  block.out = result_of(out, block.images, block.project.out, block.out_h(), block.out_w());
-  block.run();
-}
+constexpr int64_t CACHE_BYTES = 640 << 10;  // for the expanded rows of a tile, in a second-level cache of 1 MiB or more
 
-void separable_block(const Tensor& input, const std::optional<Tensor>& expand, const std::optional<Tensor>& expand_bias,
-                     const Tensor& depthwise, const Tensor& depthwise_bias, const Tensor& project, const Tensor& project_bias,
-                     int64_t stride, bool depthwise_relu, bool project_relu, bool residual, Tensor out) {
+void bottleneck_block(const Tensor& input, const Tensor& expand, const Tensor& expand_bias, const Tensor& depthwise,
+                      const Tensor& depthwise_bias, const Tensor& project, const Tensor& project_bias, int64_t stride,
+                      bool residual, Tensor out) {
   const Tensor kept = channels_last(input);
   const Map x = map_of("x", kept);
-  check(expand.has_value() == expand_bias.has_value(), "expand has no bias, or expand_bias no weight");
-  const int64_t hidden = expand ? expand_bias->size(0) : x.channels;
-  const Depthwise middle = depthwise_of(depthwise, depthwise_bias, hidden, stride, 1, depthwise_relu);
-  const Pointwise last = pointwise_of("project", project, project_bias, hidden, project_relu);
+  const Pointwise first = pointwise_of("expand", expand, expand_bias, x.channels, true);
+  const Pointwise last = pointwise_of("project", project, project_bias, first.out, false);
   check(!residual || (stride == 1 && x.channels == last.out), "x has ", x.channels, " channels and stride is ", stride,
         ", expected the output's ", last.out, " and 1 where x is added to it");
-  const Map* added = residual ? &x : nullptr;
-  if (!expand) return run_block<Direct>({{x}, middle, last, added, nullptr, nullptr, x.n}, out);
-  const Pointwise first = pointwise_of("expand", *expand, *expand_bias, x.channels, true);
-  run_block<Expanded>({{x, first}, middle, last, added, nullptr, nullptr, x.n}, out);
+  const Depthwise middle = depthwise_of(depthwise, depthwise_bias, first.out, stride, 1, true);
+  const Block<Expanded> block{{x, first}, middle, last, residual ? &x : nullptr};
+  const int64_t widest = CACHE_BYTES / (3 * first.out * int64_t(sizeof(float)) * stride);
+  run(block, x.n, std::max<int64_t>(16, widest), result_of(out, x.n, last.out, block.h(), block.w()));
 }
 
-void stem_block(const Tensor& images, const Tensor& shift, const Tensor& conv, const Tensor& conv_bias, const Tensor& depthwise,
-                const Tensor& depthwise_bias, const Tensor& project, const Tensor& project_bias, Tensor out) {
+// Learning to downsample: the first convolution and two depthwise separable ones, all of stride 2.
+void stem_block(const Tensor& images, const Tensor& shift, const Tensor& conv, const Tensor& conv_bias, const Tensor& depthwise1,
+                const Tensor& depthwise1_bias, const Tensor& project1, const Tensor& project1_bias, const Tensor& depthwise2,
+                const Tensor& depthwise2_bias, const Tensor& project2, const Tensor& project2_bias, Tensor out) {
   check(images.dim() == 4 && images.numel() > 0 && images.is_cpu() && images.scalar_type() == ScalarType::Byte &&
             images.size(3) == 3,
         "images have shape ", shape(images), ", expected uint8 (N, H, W, 3) on the CPU, not empty");
@@ -447,23 +446,36 @@ void stem_block(const Tensor& images, const Tensor& shift, const Tensor& conv, c
   const Tensor kept = torch::stable::contiguous(images);
   const Stem stem{static_cast<const uint8_t*>(kept.const_data_ptr()), images.size(1), images.size(2), floats(shift), floats(conv),
                   floats(conv_bias)};
-  run_block<Stem>({stem, depthwise_of(depthwise, depthwise_bias, Stem::CHANNELS, 2, 1, false),
-                   pointwise_of("project", project, project_bias, Stem::CHANNELS, true), nullptr, nullptr, nullptr, images.size(0)},
-                  out);
+  const Pointwise first = pointwise_of("project1", project1, project1_bias, Stem::CHANNELS, true);
+  const Pointwise second = pointwise_of("project2", project2, project2_bias, first.out, true);
+  const Block<Stem> inner{stem, depthwise_of(depthwise1, depthwise1_bias, Stem::CHANNELS, 2, 1, false), first};
+  const Block<Block<Stem>> block{inner, depthwise_of(depthwise2, depthwise2_bias, first.out, 2, 1, false), second};
+  run(block, images.size(0), 128, result_of(out, images.size(0), second.out, block.h(), block.w()));
 }
 
-void fusion_block(const Tensor& detail, const Tensor& context, const Tensor& depthwise, const Tensor& depthwise_bias,
-                  const Tensor& project, const Tensor& project_bias, const Tensor& detail_weight, const Tensor& detail_bias,
-                  int64_t dilation, Tensor out) {
+// Feature fusion, then the classifier's two depthwise separable convolutions and its last 1x1 one.
+void head_block(const Tensor& detail, const Tensor& context, const Tensor& depthwise, const Tensor& depthwise_bias,
+                const Tensor& project, const Tensor& project_bias, const Tensor& detail_weight, const Tensor& detail_bias,
+                int64_t dilation, const Tensor& depthwise1, const Tensor& depthwise1_bias, const Tensor& project1,
+                const Tensor& project1_bias, const Tensor& depthwise2, const Tensor& depthwise2_bias, const Tensor& project2,
+                const Tensor& project2_bias, const Tensor& scores, const Tensor& scores_bias, Tensor out) {
   const Tensor kept_detail = channels_last(detail), kept_context = channels_last(context);
   const Map fine = map_of("detail", kept_detail), coarse = map_of("context", kept_context);
   check(fine.n == coarse.n, "context has ", coarse.n, " images, expected the detail's ", fine.n);
-  const Pointwise last = pointwise_of("project", project, project_bias, coarse.channels, true);
-  const Pointwise added = pointwise_of("detail", detail_weight, detail_bias, fine.channels, false);
-  check(last.out == added.out, "detail gives ", added.out, " channels, expected ", last.out);
   const Resized resized{coarse, Axis<float>(coarse.h, fine.h, false), Axis<float>(coarse.w, fine.w, false)};
-  const Depthwise middle = depthwise_of(depthwise, depthwise_bias, coarse.channels, 1, dilation, true);
-  run_block<Resized>({resized, middle, last, &fine, &added, nullptr, fine.n}, out);
+  const Pointwise added = pointwise_of("detail", detail_weight, detail_bias, fine.channels, false);
+  const Pointwise fused = pointwise_of("project", project, project_bias, coarse.channels, true);
+  check(fused.out == added.out, "detail gives ", added.out, " channels, expected ", fused.out);
+  const Pointwise first = pointwise_of("project1", project1, project1_bias, fused.out, true);
+  const Pointwise second = pointwise_of("project2", project2, project2_bias, first.out, true);
+  const Pointwise last = pointwise_of("scores", scores, scores_bias, second.out, false);
+  const Depthwise spread = depthwise_of(depthwise, depthwise_bias, coarse.channels, 1, dilation, true);
+  const Block<Resized> fusion{resized, spread, fused, &fine, &added};
+  using One = Block<Block<Resized>>;
+  const One one{fusion, depthwise_of(depthwise1, depthwise1_bias, fused.out, 1, 1, false), first};
+  const Depthwise middle = depthwise_of(depthwise2, depthwise2_bias, first.out, 1, 1, false);
+  const Block<One> block{one, middle, second, nullptr, nullptr, &last};
+  run(block, fine.n, 64, result_of(out, fine.n, last.out, fine.h, fine.w));
 }
 
 // Pyramid pooling: the averages of x over 1, 2, 3 and 6 bins a side, each through its own 1x1 convolution and ReLU (`reduce`,
@@ -522,9 +534,10 @@ void pyramid_block(const Tensor& input, const Tensor& reduce, const Tensor& redu
       std::vector<float> sum(x.w * out_c), each(x.w * out_c);
       std::vector<uint16_t> half(last.half ? x.w * c : 0);
       for (int64_t y = begin; y < end; ++y) {
-        resized[0].make(0, y, 0, x.w, sum.data(), nullptr);
+        Resized::State whole{0, x.w};
+        resized[0].make(0, y, sum.data(), whole);
         for (int level = 1; level < LEVELS; ++level) {
-          resized[level].make(0, y, 0, x.w, each.data(), nullptr);
+          resized[level].make(0, y, each.data(), whole);
           for (size_t at = 0; at < sum.size(); ++at) sum[at] += each[at];
         }
         const float* row = x.at(image, y, 0);
@@ -536,34 +549,21 @@ void pyramid_block(const Tensor& input, const Tensor& reduce, const Tensor& redu
   }
 }
 
-void pointwise_block(const Tensor& input, const Tensor& weight, const Tensor& bias, bool relu, Tensor out) {
-  const Tensor kept = channels_last(input);
-  const Map x = map_of("x", kept);
-  const Pointwise pointwise = pointwise_of("weight", weight, bias, x.channels, relu);
-  float* to = result_of(out, x.n, pointwise.out, x.h, x.w);
-  parallel_for(0, x.n * x.h, 4, [&](int64_t begin, int64_t end) {
-    std::vector<uint16_t> half(pointwise.half ? x.w * x.channels : 0);
-    for (int64_t at = begin; at < end; ++at) {
-      const float* row = x.at(0, at, 0);
-      for (size_t k = 0; k < half.size(); k += LANES) store_half(&half[k], load(row + k));
-      pointwise.run(pointwise.half ? static_cast<const void*>(half.data()) : row, x.w, to + at * x.w * pointwise.out, nullptr);
-    }
-  });
-}
-
 }  // namespace
 }  // namespace ops_ext
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ops_ext, m) {
-  m.def("stem_block(Tensor images, Tensor shift, Tensor conv, Tensor conv_bias, Tensor depthwise, Tensor depthwise_bias, "
-        "Tensor project, Tensor project_bias, Tensor(a!) out) -> ()");
-  m.def("separable_block(Tensor x, Tensor? expand, Tensor? expand_bias, Tensor depthwise, Tensor depthwise_bias, Tensor project, "
-        "Tensor project_bias, int stride, bool depthwise_relu, bool project_relu, bool residual, Tensor(a!) out) -> ()");
+  m.def("stem_block(Tensor images, Tensor shift, Tensor conv, Tensor conv_bias, Tensor depthwise1, Tensor depthwise1_bias, "
+        "Tensor project1, Tensor project1_bias, Tensor depthwise2, Tensor depthwise2_bias, Tensor project2, "
+        "Tensor project2_bias, Tensor(a!) out) -> ()");
+  m.def("bottleneck_block(Tensor x, Tensor expand, Tensor expand_bias, Tensor depthwise, Tensor depthwise_bias, Tensor project, "
+        "Tensor project_bias, int stride, bool residual, Tensor(a!) out) -> ()");
   m.def("pyramid_block(Tensor x, Tensor reduce, Tensor reduce_bias, Tensor project_levels, Tensor project, Tensor project_bias, "
         "Tensor(a!) out) -> ()");
-  m.def("fusion_block(Tensor detail, Tensor context, Tensor depthwise, Tensor depthwise_bias, Tensor project, "
-        "Tensor project_bias, Tensor detail_weight, Tensor detail_bias, int dilation, Tensor(a!) out) -> ()");
-  m.def("pointwise_block(Tensor x, Tensor weight, Tensor bias, bool relu, Tensor(a!) out) -> ()");
+  m.def("head_block(Tensor detail, Tensor context, Tensor depthwise, Tensor depthwise_bias, Tensor project, Tensor project_bias, "
+        "Tensor detail_weight, Tensor detail_bias, int dilation, Tensor depthwise1, Tensor depthwise1_bias, Tensor project1, "
+        "Tensor project1_bias, Tensor depthwise2, Tensor depthwise2_bias, Tensor project2, Tensor project2_bias, Tensor scores, "
+        "Tensor scores_bias, Tensor(a!) out) -> ()");
   m.def("has_bfloat16() -> bool");
 }
 
@@ -571,10 +571,9 @@ bool ops_ext_has_bfloat16() { return ops_ext::HAS_BFLOAT16; }
 
 STABLE_TORCH_LIBRARY_IMPL(ops_ext, CPU, m) {
   m.impl("stem_block", TORCH_BOX(&ops_ext::stem_block));
-  m.impl("separable_block", TORCH_BOX(&ops_ext::separable_block));
+  m.impl("bottleneck_block", TORCH_BOX(&ops_ext::bottleneck_block));
   m.impl("pyramid_block", TORCH_BOX(&ops_ext::pyramid_block));
-  m.impl("fusion_block", TORCH_BOX(&ops_ext::fusion_block));
-  m.impl("pointwise_block", TORCH_BOX(&ops_ext::pointwise_block));
+  m.impl("head_block", TORCH_BOX(&ops_ext::head_block));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ops_ext, CompositeExplicitAutograd, m) { m.impl("has_bfloat16", TORCH_BOX(&ops_ext_has_bfloat16)); }

@@ -35,18 +35,23 @@ class FusedFastSCNN:
         self.half = half
         weight, bias = _folded(down.conv)
         weight = weight / (torch.tensor(std) * 255).view(1, 3, 1, 1)
-        self.first = (torch.tensor(mean) * 255, weight.permute(2, 3, 1, 0).reshape(27, -1).contiguous(), bias)
-        self.stem = (*_depthwise(down.dsconv1.depthwise), *self._pointwise(down.dsconv1.pointwise))
-        self.detail = self._separable(down.dsconv2)
+        first = (torch.tensor(mean) * 255, weight.permute(2, 3, 1, 0).reshape(27, -1).contiguous(), bias)
+        self.stem = (*first, *self._separable(down.dsconv1), *self._separable(down.dsconv2))
         self.bottlenecks = [self._bottleneck(block) for block in blocks]
         self.pyramid = self._pyramid(features.pyramid_pooling)
-        self.fusion = (*_depthwise(fusion.depthwise), *self._pointwise(fusion.context), *self._pointwise(fusion.detail))
-        self.dilation = fusion.depthwise.conv.dilation[0]
-        self.classifier = [self._separable(classifier.dsconv1), self._separable(classifier.dsconv2)]
         self.classes = classifier.conv.out_channels
         padding = -self.classes % MULTIPLE
         weight, bias = classifier.conv.weight.flatten(1), classifier.conv.bias
-        self.scores = (self._packed(F.pad(weight, (0, 0, 0, padding))), F.pad(bias, (0, padding)), False)
+        self.head = (
+            *_depthwise(fusion.depthwise),
+            *self._pointwise(fusion.context),
+            *self._pointwise(fusion.detail),
+            fusion.depthwise.conv.dilation[0],
+            *self._separable(classifier.dsconv1),
+            *self._separable(classifier.dsconv2),
+            self._packed(F.pad(weight, (0, 0, 0, padding))),
+            F.pad(bias, (0, padding)),
+        )
         self.kept: list[tuple[tuple[int, ...], list[Tensor]]] = []
 
     def logits(self, images: Tensor) -> Tensor:
@@ -70,39 +75,30 @@ class FusedFastSCNN:
         return labels
 
     def _run(self, images: Tensor, maps: list[Tensor]) -> Tensor:
-        ops, free = torch.ops.ops_ext, iter(maps)
-
-        def through(op, x: Tensor, arguments: tuple) -> Tensor:
-            out = next(free)
-            op(x, *arguments, out)
-            return out
-
-        x = through(ops.stem_block, images, (*self.first, *self.stem))
-        x = detail = through(ops.separable_block, x, self.detail)
-        for block in self.bottlenecks:
-            x = through(ops.separable_block, x, block)
-        x = through(ops.pyramid_block, x, self.pyramid)
-        x = through(ops.fusion_block, detail, (x, *self.fusion, self.dilation))
-        for block in self.classifier:
-            x = through(ops.separable_block, x, block)
-        return through(ops.pointwise_block, x, self.scores)[:, : self.classes]
+        ops = torch.ops.ops_ext
+        detail, *others, context, scores = maps
+        ops.stem_block(images, *self.stem, detail)
+        x = detail
+        for block, out in zip(self.bottlenecks, others):
+            ops.bottleneck_block(x, *block, out)
+            x = out
+        ops.pyramid_block(x, *self.pyramid, context)
+        ops.head_block(detail, context, *self.head, scores)
+        return scores[:, : self.classes]
 
     def _maps(self, n: int, height: int, width: int) -> list[Tensor]:
-        """Memory for the results of all blocks, in their order."""
+        """Memory for what the blocks give each other: detail, bottlenecks, context, scores."""
 
-        def after(x: Tensor | None, stride: int, channels: int, h: int = 0, w: int = 0) -> Tensor:
-            h, w = (h, w) if x is None else x.shape[2:]
-            size = (n, channels, (h - 1) // stride + 1, (w - 1) // stride + 1)
-            return torch.empty(size, memory_format=torch.channels_last)
+        def empty(channels: int, h: int, w: int) -> Tensor:
+            return torch.empty((n, channels, h, w), memory_format=torch.channels_last)
 
-        maps = [after(None, 4, self.stem[3].shape[0], height, width)]
-        for *_, project_bias, stride, _, _, _ in (self.detail, *self.bottlenecks):
-            maps.append(after(maps[-1], stride, project_bias.shape[0]))
-        maps.append(after(maps[-1], 1, self.pyramid[-1].shape[0]))
-        maps.append(after(maps[1], 1, self.fusion[3].shape[0]))
-        for *_, project_bias, _, _, _, _ in self.classifier:
-            maps.append(after(maps[-1], 1, project_bias.shape[0]))
-        return [*maps, after(maps[-1], 1, self.scores[1].shape[0])]
+        h, w = (height - 1) // 8 + 1, (width - 1) // 8 + 1
+        detail, scores = empty(self.stem[-1].shape[0], h, w), empty(self.head[-1].shape[0], h, w)
+        maps = [detail]
+        for *_, bias, stride, _ in self.bottlenecks:
+            h, w = (h - 1) // stride + 1, (w - 1) // stride + 1
+            maps.append(empty(bias.shape[0], h, w))
+        return [*maps, empty(self.pyramid[-1].shape[0], h, w), scores]
 
     # Weights as the kernels take them.
 
@@ -117,13 +113,12 @@ class FusedFastSCNN:
         weight, bias = _folded(layer)
         return self._packed(weight.flatten(1)), bias
 
-    def _separable(self, block: nn.Module) -> tuple:
-        stride = block.depthwise.conv.stride[0]
-        return (None, None, *_depthwise(block.depthwise), *self._pointwise(block.pointwise), stride, False, True, False)
+    def _separable(self, block: nn.Module) -> tuple[Tensor, ...]:
+        return (*_depthwise(block.depthwise), *self._pointwise(block.pointwise))
 
     def _bottleneck(self, block: nn.Module) -> tuple:
         layers = (*self._pointwise(block.expand), *_depthwise(block.depthwise), *self._pointwise(block.project))
-        return (*layers, block.depthwise.conv.stride[0], True, False, block.residual)
+        return (*layers, block.depthwise.conv.stride[0], block.residual)
 
     def _pyramid(self, pooling: nn.Module) -> tuple[Tensor, ...]:
         reduce = [_folded(layer) for layer in pooling.reduce]
