@@ -3,7 +3,8 @@
     python eval.py --weights runs/checkpoints/best_model.pth                      # Cityscapes val at full resolution
     python eval.py --weights W --dataset camvid --data datasets/camvid --sheet sheet.png
     python eval.py --weights W --predict PHOTOS --out DIR                         # coloured overlays
-    python eval.py --benchmark --size 1024 2048                                   # speed, no weights needed
+    python eval.py --benchmark                                                    # speed, no weights needed
+    python eval.py --weights W --export model.onnx                                # for other runtimes: image in, labels out
     torchrun --nproc_per_node=8 eval.py --weights W                               # shares the images out
 
 A table for people, then one JSON object as the last line on stdout. Exit status: 0, 2 for what the user can mend, 1 for faults.
@@ -12,11 +13,15 @@ A table for people, then one JSON object as the last line on stdout. Exit status
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
+import importlib
 import json
 import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +31,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import IGNORE, IMAGE_SUFFIXES, MEAN, STD, Classes, DataError, SegmentationDataset, open_dataset, read_image
@@ -34,6 +39,7 @@ from model import MIN_SIZE, CheckpointError, FastSCNN, build_from_checkpoint, re
 from ops_ext import accelerate, confusion_matrix
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+PAPER_SIZES = ((1024, 2048), (512, 1024), (256, 512))  # table 6
 PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
 
@@ -323,33 +329,202 @@ def run_prediction(args: argparse.Namespace) -> dict:
     return {"images": len(pictures), "out": str(out)}
 
 
+def latency_ms(segment: Callable[[Tensor], Tensor], images: Tensor, warmup: int, repeats: int) -> dict[str, float]:
+    """Median, 95th percentile and minimum of the time from images in memory to labels in memory, in milliseconds."""
+    times = []
+    for _ in range(warmup + repeats):
+        start = time.perf_counter()
+        segment(images).cpu()  # the copy back waits for the device
+        times.append(1000 * (time.perf_counter() - start))
+    times = sorted(times[warmup:])
+    figures = {"median": statistics.median(times), "p95": times[math.ceil(0.95 * (len(times) - 1))], "min": times[0]}
+    return {name: round(value, 3) for name, value in figures.items()}
+
+
 def run_benchmark(args: argparse.Namespace) -> dict:
     """Latency from an RGB uint8 image in memory to a uint8 label map in memory, warm-up apart."""
-    if min(args.size) < MIN_SIZE:
+    sizes = [args.size] if args.size else PAPER_SIZES
+    if min(min(size) for size in sizes) < MIN_SIZE:
         raise UsageError(f"--size is {args.size[0]} {args.size[1]}, expected at least {MIN_SIZE} pixels each")
     model = build_from_checkpoint(read_checkpoint(args.weights), args.weights) if args.weights else FastSCNN()
     device, rank, _ = start_processes(args.device)
     segment = accelerate(model, device=device, precision=PRECISIONS[args.amp or "auto"], mean=MEAN, std=STD)
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (args.batch_size, *args.size, 3), np.uint8))
-    times = []
-    for _ in range(args.warmup + args.repeats):
-        start = time.perf_counter()
-        segment(images).cpu()  # the copy back waits for the device
-        times.append(1000 * (time.perf_counter() - start))
-    times = sorted(times[args.warmup :])
-    latency_ms = {"median": statistics.median(times), "p95": times[math.ceil(0.95 * (len(times) - 1))], "min": times[0]}
-    result = {
-        "device": device.type if device.type == "cpu" else torch.get_device_module(device).get_device_name(device),
-        "precision": segment.precision,
-        "size": list(args.size),
-        "batch_size": args.batch_size,
-        "latency_ms": {name: round(value, 3) for name, value in latency_ms.items()},
-        "fps": round(1000 * args.batch_size / latency_ms["median"], 3),
-        "params": sum(p.numel() for name, p in model.named_parameters() if not name.startswith("aux_")),
-    }
-    if rank == 0:
-        print(f"{args.size[0]}x{args.size[1]}, batch {args.batch_size}: {latency_ms['median']:.1f} ms, {result['fps']:.1f} fps")
+    segments = {"": segment, **{name: RUNTIMES[name](model, device) for name in args.against}}
+    results = []
+    for height, width in sizes:
+        images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (args.batch_size, height, width, 3), np.uint8))
+        result = {
+            "device": device.type if device.type == "cpu" else torch.get_device_module(device).get_device_name(device),
+            "precision": segment.precision,
+            "size": [height, width],
+            "batch_size": args.batch_size,
+        }
+        against = {}
+        for name, runtime in segments.items():
+            try:
+                figures = latency_ms(runtime, images, args.warmup, args.repeats)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                raise UsageError(f"{_too_large(args, height, width)} ({error})") from None
+            except RuntimeError as error:
+                if "allocate memory" not in str(error):
+                    raise
+                raise UsageError(_too_large(args, height, width)) from None
+            if name:
+                against[name] = figures
+            else:
+                result["latency_ms"] = figures
+            if rank == 0:
+                fps = 1000 * args.batch_size / figures["median"]
+                label = f"{height}x{width}, batch {args.batch_size}, {name or segment.precision}"
+                print(f"{label}: {figures['median']:.1f} ms, {fps:.1f} fps", flush=True)
+        result["fps"] = round(1000 * args.batch_size / result["latency_ms"]["median"], 3)
+        result["params"] = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("aux_"))
+        if against:
+            result["against"] = against
+        if args.stages:
+            result["stages_ms"] = segment.stages_ms(images)
+            if rank == 0:
+                print("  ".join(f"{stage} {ms:.2f}" for stage, ms in result["stages_ms"].items()))
+        results.append(result)
+    return {**results[0], "sizes": results} if len(results) > 1 else results[0]
+
+
+def _too_large(args: argparse.Namespace, height: int, width: int) -> str:
+    return f"{args.batch_size} images of {height}x{width} do not fit in memory; lower --batch-size or --size"
+
+
+# ------------------------------------------------------------------------------------------------- export, other runtimes
+
+
+class Deployed(nn.Module):
+    """A network with what surrounds it, for export: (N, H, W, 3) uint8 RGB -> (N, H, W) uint8 labels, or (N, C, H, W) scores."""
+
+    def __init__(self, model: nn.Module, output: str = "labels"):
+        super().__init__()
+        self.model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+        self.output = output
+        self.register_buffer("shift", torch.tensor(MEAN).view(3, 1, 1) * 255)
+        self.register_buffer("scale", 1 / (torch.tensor(STD).view(3, 1, 1) * 255))
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores = self.model((images.permute(0, 3, 1, 2).float() - self.shift) * self.scale)
+        return scores if self.output == "logits" else scores.argmax(1).to(torch.uint8)
+
+
+def export(model: nn.Module, path: str | Path, output: str = "labels") -> None:
+    """Writes the network as ONNX (`.onnx`) or in torch.export's own format (`.pt2`), for any batch, height and width.
+
+    Args:
+        model: the network.
+        path: the file; its suffix is the format.
+        output: "labels" or "logits", see `Deployed`.
+
+    Raises:
+        UsageError: another suffix, or a package that is missing.
+    """
+    path = Path(path)
+    if path.suffix not in (".onnx", ".pt2"):
+        raise UsageError(f"--export {path} has the suffix {path.suffix!r}, expected .onnx or .pt2")
+    if path.suffix == ".onnx":
+        for package in ("onnx", "onnxscript"):
+            _import(package, "--export to ONNX")
+    sizes = {0: torch.export.Dim("batch", min=1, max=1024)}
+    # From 33 pixels on: at 32 the innermost map is a single pixel, which export would take for a constant.
+    sizes |= {1: torch.export.Dim("height", min=33, max=2**14), 2: torch.export.Dim("width", min=33, max=2**14)}
+    example = torch.zeros(2, 72, 136, 3, dtype=torch.uint8)
+    program = torch.export.export(Deployed(model, output).eval(), (example,), dynamic_shapes={"images": sizes})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".pt2":
+        torch.export.save(program, path)
+    else:
+        exported = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"], output_names=[output])
+        exported.save(path)
+
+
+def run_export(args: argparse.Namespace) -> dict:
+    """Writes the network for other runtimes and compares what it computes there, where that runtime is installed."""
+    model = build_from_checkpoint(read_checkpoint(args.weights), args.weights)
+    export(model, args.export, args.export_output)
+    result = {"export": str(args.export), "output": args.export_output}
+    if Path(args.export).suffix == ".pt2":
+        run = torch.export.load(args.export).module()
+    else:
+        try:
+            run = onnx_session(args.export)
+        except UsageError as error:
+            print(f"wrote {args.export}; not checked: {error}")
+            return result
+    reference, agreement = Deployed(model, args.export_output), 1.0
+    for shape in ((1, 64, 96), (2, 97, 131), (1, 256, 512)):
+        images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8))
+        with torch.inference_mode():
+            expected, got = reference(images), run(images)
+        close = torch.isclose(got, expected, rtol=1e-3, atol=1e-3) if args.export_output == "logits" else got == expected
+        agreement = min(agreement, close.float().mean().item())
+    result["agreement"] = round(agreement, 6)
+    print(f"wrote {args.export}; at three sizes it agrees with PyTorch in {agreement:.2%} of the values")
     return result
+
+
+def onnx_session(path: str | Path) -> Callable[[Tensor], Tensor]:
+    """An ONNX file in ONNX Runtime, on PyTorch's number of threads."""
+    runtime = _import("onnxruntime", "running ONNX")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _in_onnxruntime(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        export(model, Path(folder) / "model.onnx")
+        return onnx_session(Path(folder) / "model.onnx")
+
+
+def _in_openvino(model: nn.Module, device: torch.device, precision: str = "f32") -> Callable[[Tensor], Tensor]:
+    openvino = _import("openvino", "--against openvino")
+    with tempfile.TemporaryDirectory() as folder:
+        export(model, Path(folder) / "model.onnx")
+        network = openvino.Core().read_model(Path(folder) / "model.onnx")
+    compiled = {}  # by size: with a fixed size OpenVINO is faster
+
+    def segment(images: Tensor) -> Tensor:
+        shape = tuple(images.shape)
+        if shape not in compiled:
+            network.reshape(list(shape))
+            threads = torch.get_num_threads()
+            hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+            compiled[shape] = openvino.Core().compile_model(network, "CPU", hints)
+        return torch.from_numpy(compiled[shape]([images.numpy()])[0])
+
+    return segment
+
+
+def _in_pytorch(model: nn.Module, device: torch.device, compiled: bool = False) -> Callable[[Tensor], Tensor]:
+    network = Deployed(model).to(device)
+    run = torch.compile(network) if compiled else network
+
+    def segment(images: Tensor) -> Tensor:
+        with torch.inference_mode() if not compiled else torch.no_grad():
+            return run(images.to(device))
+
+    return segment
+
+
+RUNTIMES = {
+    "eager": _in_pytorch,
+    "compile": functools.partial(_in_pytorch, compiled=True),
+    "onnxruntime": _in_onnxruntime,
+    "openvino": _in_openvino,
+    "openvino-bf16": functools.partial(_in_openvino, precision="bf16"),
+}
+
+
+def _import(package: str, purpose: str):
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UsageError(f"{purpose} needs the package {package}: pip install {package}") from None
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -365,8 +540,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", default="runs/predictions", metavar="DIR", help="where --predict writes (default: %(default)s)"
     )
+    parser.add_argument(
+        "--export", metavar="FILE", help="write the network as FILE.onnx or FILE.pt2 for other runtimes instead"
+    )
+    parser.add_argument(
+        "--export-output", choices=("labels", "logits"), default="labels", help="what it gives (default: %(default)s)"
+    )
     parser.add_argument("--benchmark", action="store_true", help="measure the latency instead; needs no weights")
-    parser.add_argument("--size", type=int, nargs=2, default=(1024, 2048), metavar=("H", "W"), help="pixels, for --benchmark")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="pixels, for --benchmark (default: the paper's three sizes)"
+    )
+    parser.add_argument(
+        "--against", nargs="+", choices=RUNTIMES, default=[], help="other runtimes to time on the same input, for --benchmark"
+    )
+    parser.add_argument("--stages", action="store_true", help="also time the parts of the network, for --benchmark")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at once, for --benchmark")
     parser.add_argument(
         "--repeats", type=int, default=20, metavar="N", help="timed runs, for --benchmark (default: %(default)s)"
@@ -393,8 +580,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
     if args.sheet and Path(args.sheet).suffix.lower() not in Image.registered_extensions():
         raise UsageError(f"--sheet {args.sheet} has no suffix of an image format; give e.g. sheet.png")
-    mode = run_benchmark if args.benchmark else run_prediction if args.predict else run_evaluation
-    result = mode(args)
+    modes = {"benchmark": run_benchmark, "export": run_export, "predict": run_prediction}
+    result = next((mode for name, mode in modes.items() if getattr(args, name)), run_evaluation)(args)
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(json.dumps(result), flush=True)
 

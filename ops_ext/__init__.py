@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compiler import BuildError, load
-from .fused import FusedFastSCNN
+from .fused import FusedFastSCNN, median_ms
 
 __all__ = [
     "accelerate",
@@ -365,7 +365,7 @@ def accelerate(
 
     Returns:
         A function from (N, H, W, 3) uint8 RGB, on any device, to (N, H, W) uint8 labels on `device`. Its attribute
-        `precision` names what it multiplies: fp32, bf16 or fp16.
+        `precision` names what it multiplies, fp32, bf16 or fp16; `stages_ms(images)` gives the times of its parts.
 
     Raises:
         ValueError: a precision that is none of these; from the function: what is no batch of images.
@@ -393,6 +393,14 @@ def accelerate(
             logits = model((pixels.float() - shift) * scale, upsample=False)  # (N, C, H/8, W/8)
         return upsample_argmax(logits, images.shape[1:3])
 
+    @torch.inference_mode()
+    def stages_ms(images: Tensor, repeats: int = 20) -> dict[str, float]:
+        """Median time of each part, in milliseconds."""
+        if fused is not None:
+            return fused.stages_ms(images.to(device), repeats)
+        return {"all": median_ms(lambda: segment(images).cpu(), repeats)}
+
+    segment.stages_ms = stages_ms
     segment.precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(precision, "fp32")
     return segment
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -74,17 +77,34 @@ class FusedFastSCNN:
         self.kept.append((shape, maps))
         return labels
 
+    def stages_ms(self, images: Tensor, repeats: int) -> dict[str, float]:
+        """Median time of each stage, in milliseconds."""
+        maps = self._maps(*images.shape[:3])
+        size = tuple(images.shape[1:3])
+        self._run(images, maps)
+        stages = {name: median_ms(stage, repeats) for name, stage in self._stages(images, maps).items()}
+        tail = functools.partial(torch.ops.ops_ext.upsample_argmax, maps[-1][:, : self.classes], *size, False)
+        return {**stages, "labels": median_ms(tail, repeats)}
+
     def _run(self, images: Tensor, maps: list[Tensor]) -> Tensor:
+        for stage in self._stages(images, maps).values():
+            stage()
+        return maps[-1][:, : self.classes]
+
+    def _stages(self, images: Tensor, maps: list[Tensor]) -> dict[str, Callable[[], None]]:
         ops = torch.ops.ops_ext
         detail, *others, context, scores = maps
-        ops.stem_block(images, *self.stem, detail)
-        x = detail
-        for block, out in zip(self.bottlenecks, others):
-            ops.bottleneck_block(x, *block, out)
-            x = out
-        ops.pyramid_block(x, *self.pyramid, context)
-        ops.head_block(detail, context, *self.head, scores)
-        return scores[:, : self.classes]
+
+        def bottlenecks() -> None:
+            for x, block, out in zip([detail, *others], self.bottlenecks, others):
+                ops.bottleneck_block(x, *block, out)
+
+        return {
+            "learning to downsample": lambda: ops.stem_block(images, *self.stem, detail),
+            "bottlenecks": bottlenecks,
+            "pyramid pooling": lambda: ops.pyramid_block(others[-1], *self.pyramid, context),
+            "fusion and classifier": lambda: ops.head_block(detail, context, *self.head, scores),
+        }
 
     def _maps(self, n: int, height: int, width: int) -> list[Tensor]:
         """Memory for what the blocks give each other: detail, bottlenecks, context, scores."""
@@ -139,3 +159,13 @@ def _folded(layer: nn.Module) -> tuple[Tensor, Tensor]:
 def _depthwise(layer: nn.Module) -> tuple[Tensor, Tensor]:
     weight, bias = _folded(layer)
     return weight.flatten(1).t().contiguous(), bias  # (9, channels)
+
+
+def median_ms(call: Callable[[], object], repeats: int) -> float:
+    """Median time of a call, in milliseconds."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
