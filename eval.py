@@ -13,6 +13,7 @@ A table for people, then one JSON object as the last line on stdout. Exit status
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import importlib
@@ -23,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -352,45 +353,40 @@ def run_benchmark(args: argparse.Namespace) -> dict:
     segments = {"": segment, **{name: RUNTIMES[name](model, device) for name in args.against}}
     results = []
     for height, width in sizes:
-        images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (args.batch_size, height, width, 3), np.uint8))
         result = {
             "device": device.type if device.type == "cpu" else torch.get_device_module(device).get_device_name(device),
             "precision": segment.precision,
             "size": [height, width],
             "batch_size": args.batch_size,
         }
-        against = {}
-        for name, runtime in segments.items():
-            try:
-                figures = latency_ms(runtime, images, args.warmup, args.repeats)
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                raise UsageError(f"{_too_large(args, height, width)} ({error})") from None
-            except RuntimeError as error:
-                if "allocate memory" not in str(error):
-                    raise
-                raise UsageError(_too_large(args, height, width)) from None
-            if name:
-                against[name] = figures
-            else:
-                result["latency_ms"] = figures
-            if rank == 0:
-                fps = 1000 * args.batch_size / figures["median"]
-                label = f"{height}x{width}, batch {args.batch_size}, {name or segment.precision}"
-                print(f"{label}: {figures['median']:.1f} ms, {fps:.1f} fps", flush=True)
+        with _out_of_memory_named(f"{args.batch_size} images of {height}x{width}"):
+            images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (args.batch_size, height, width, 3), np.uint8))
+            figures = {name: latency_ms(runtime, images, args.warmup, args.repeats) for name, runtime in segments.items()}
+            if args.stages:
+                result["stages_ms"] = segment.stages_ms(images)
+        result["latency_ms"] = figures.pop("")
         result["fps"] = round(1000 * args.batch_size / result["latency_ms"]["median"], 3)
         result["params"] = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("aux_"))
-        if against:
-            result["against"] = against
-        if args.stages:
-            result["stages_ms"] = segment.stages_ms(images)
-            if rank == 0:
-                print("  ".join(f"{stage} {ms:.2f}" for stage, ms in result["stages_ms"].items()))
+        if figures:
+            result["against"] = figures
+        if rank == 0:
+            for name, each in {segment.precision: result["latency_ms"], **figures}.items():
+                fps = 1000 * args.batch_size / each["median"]
+                print(f"{height}x{width}, batch {args.batch_size}, {name}: {each['median']:.1f} ms, {fps:.1f} fps", flush=True)
+            for stage, ms in result.get("stages_ms", {}).items():
+                print(f"    {stage} {ms:.2f} ms")
         results.append(result)
     return {**results[0], "sizes": results} if len(results) > 1 else results[0]
 
 
-def _too_large(args: argparse.Namespace, height: int, width: int) -> str:
-    return f"{args.batch_size} images of {height}x{width} do not fit in memory; lower --batch-size or --size"
+@contextlib.contextmanager
+def _out_of_memory_named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # of numpy; of torch, on the CPU without a class of its own
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+            raise UsageError(f"{what} do not fit in memory; lower --batch-size or --size") from None
+        raise
 
 
 # ------------------------------------------------------------------------------------------------- export, other runtimes
@@ -500,20 +496,24 @@ def _in_openvino(model: nn.Module, device: torch.device, precision: str = "f32")
     return segment
 
 
-def _in_pytorch(model: nn.Module, device: torch.device, compiled: bool = False) -> Callable[[Tensor], Tensor]:
+def _in_pytorch(model: nn.Module, device: torch.device, how: str) -> Callable[[Tensor], Tensor]:
     network = Deployed(model).to(device)
-    run = torch.compile(network) if compiled else network
+    run = torch.compile(network) if how == "compile" else network
 
     def segment(images: Tensor) -> Tensor:
-        with torch.inference_mode() if not compiled else torch.no_grad():
-            return run(images.to(device))
+        images = images.to(device)
+        if how == "eager":  # planes of colour, as torchvision's ToTensor gives them; else as they come, in channels_last
+            images = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        with torch.no_grad():
+            return run(images)
 
     return segment
 
 
 RUNTIMES = {
-    "eager": _in_pytorch,
-    "compile": functools.partial(_in_pytorch, compiled=True),
+    "eager": functools.partial(_in_pytorch, how="eager"),
+    "channels_last": functools.partial(_in_pytorch, how="channels_last"),
+    "compile": functools.partial(_in_pytorch, how="compile"),
     "onnxruntime": _in_onnxruntime,
     "openvino": _in_openvino,
     "openvino-bf16": functools.partial(_in_openvino, precision="bf16"),

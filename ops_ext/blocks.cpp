@@ -64,7 +64,9 @@ inline void multiply(V (&sum)[P][W], const Value* a, int64_t step, const Value* 
   for (int64_t k = 0; k < count; ++k, b += out) {
     V row[W];
     for (int v = 0; v < W; ++v) std::memcpy(&row[v], b + v * LANES, sizeof(V));
+#pragma GCC unroll 16
     for (int i = 0; i < P; ++i)
+#pragma GCC unroll 16
       for (int v = 0; v < W; ++v) {
         if constexpr (std::is_same_v<Value, float>)
           sum[i][v] += a[i * step + k] * row[v];
@@ -122,10 +124,14 @@ struct Pointwise {
   template <int W, int P, class Value>
   void tile(const Value* from, const Value* weights, int64_t depth, float* to, const float* added, int64_t n, int64_t p) const {
     V sum[P][W];
+#pragma GCC unroll 16  // here and below, so that the sums stay in registers
     for (int i = 0; i < P; ++i)
+#pragma GCC unroll 16
       for (int v = 0; v < W; ++v) sum[i][v] = load(bias + n + v * LANES);
     multiply(sum, from + p * depth, depth, weights + n, out, depth);
+#pragma GCC unroll 16
     for (int i = 0; i < P; ++i)
+#pragma GCC unroll 16
       for (int v = 0; v < W; ++v) {
         const int64_t at = (p + i) * out + n + v * LANES;
         V result = sum[i][v];
@@ -230,11 +236,17 @@ struct Stem {  // a 3x3 convolution of stride 2 and ReLU, over uint8 images (N, 
     // Whole register tiles: columns beyond the last are computed too, from what happens to be there, and not stored.
     for (int64_t p = 0; p < count; p += P) {
       V sum[P][W];
+#pragma GCC unroll 16
       for (int k = 0; k < P; ++k)
+#pragma GCC unroll 16
         for (int v = 0; v < W; ++v) sum[k][v] = load(bias + v * LANES);
+#pragma GCC unroll 16
       for (int64_t ky = 0; ky < 3; ++ky) multiply(sum, pixels + ky * size + 6 * p, 6, weight + 9 * ky * CHANNELS, CHANNELS, 9);
-      for (int k = 0; k < std::min<int64_t>(P, count - p); ++k)
-        for (int v = 0; v < W; ++v) store(row + (p + k) * CHANNELS + v * LANES, relu_of(sum[k][v]));
+#pragma GCC unroll 16
+      for (int k = 0; k < P; ++k)
+#pragma GCC unroll 16
+        for (int v = 0; v < W; ++v)
+          if (k < count - p) store(row + (p + k) * CHANNELS + v * LANES, relu_of(sum[k][v]));
     }
   }
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -214,3 +215,50 @@ def test_faults_keep_their_traceback():
 
     with pytest.raises(RuntimeError):
         exit_status("eval.py", broken)
+
+
+def test_benchmark_without_a_size_takes_the_papers_three_and_times_stages_and_others(capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "PAPER_SIZES", ((64, 96), (40, 40)))
+    flags = ["--benchmark", "--repeats", "2", "--device", "cpu", "--stages", "--against", "eager", "channels_last"]
+    evaluation.main(flags)
+    result = last_json(capsys.readouterr().out)
+    assert [each["size"] for each in result["sizes"]] == [[64, 96], [40, 40]] and result["size"] == [64, 96]
+    assert set(result["against"]) == {"eager", "channels_last"} and sum(result["stages_ms"].values()) > 0
+
+
+@pytest.mark.parametrize("output", ["labels", "logits"])
+def test_export_in_torchs_own_format_runs_at_any_size(tmp_path, capsys, weights, output):
+    evaluation.main(["--weights", str(weights), "--export", str(tmp_path / "model.pt2"), "--export-output", output])
+    assert last_json(capsys.readouterr().out)["agreement"] == 1
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    images = torch.zeros(3, 50, 70, 3, dtype=torch.uint8)
+    assert program(images).shape[-2:] == (50, 70)
+
+
+def test_export_to_onnx_agrees_with_pytorch_in_onnx_runtime(tmp_path, capsys, weights):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    evaluation.main(["--weights", str(weights), "--export", str(tmp_path / "model.onnx")])
+    assert last_json(capsys.readouterr().out)["agreement"] > 0.999
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--export", "model.tflite"], "has the suffix '.tflite', expected .onnx or .pt2"),
+        (["--export", "model.onnx"], "needs the package onnx: pip install onnx"),
+        (["--benchmark", "--against", "onnxruntime"], "needs the package onnx: pip install onnx"),
+        (["--benchmark", "--against", "openvino"], "needs the package openvino: pip install openvino"),
+    ],
+)
+def test_missing_packages_and_formats_are_named(weights, monkeypatch, flags, message):
+    for package in ("onnx", "onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(evaluation.UsageError, match=message):
+        evaluation.main(["--weights", str(weights), "--device", "cpu", *flags])
+
+
+def test_a_batch_that_does_not_fit_is_one_line(monkeypatch):
+    flags = ["--benchmark", "--size", "8192", "16384", "--batch-size", "100000", "--repeats", "1", "--device", "cpu"]
+    with pytest.raises(evaluation.UsageError, match="100000 images of 8192x16384 do not fit in memory; lower --batch-size"):
+        evaluation.main(flags)
