@@ -282,12 +282,19 @@ def run_evaluation(args: argparse.Namespace) -> dict:
             f"{args.weights}: has other classes, such as {differing[0]}; choose the dataset it was trained on"
         )
     device, rank, world_size = start_processes(args.device)
-    segment = accelerate(model, device=device, precision=PRECISIONS[args.amp or "auto"], mean=MEAN, std=STD)
+    segment = accelerate(model, device=device, precision=PRECISIONS[args.amp or "off"], mean=MEAN, std=STD)
     sheet = ContactSheet(dataset.classes, args.sheet_rows) if args.sheet and rank == 0 else None
     confusion = evaluate(segment, dataset, device=device, workers=args.workers, rank=rank, world_size=world_size, sheet=sheet)
     result = metrics(confusion, dataset.classes)
+    if args.compare:
+        exact = accelerate(model, device=device, precision=torch.float32, mean=MEAN, std=STD)
+        confusion = evaluate(exact, dataset, device=device, workers=args.workers, rank=rank, world_size=world_size)
+        result["miou_fp32"] = metrics(confusion, dataset.classes)["miou"]
     if rank == 0:
         print(format_table(result))
+        if args.compare:
+            difference = 100 * ((result["miou"] or 0) - (result["miou_fp32"] or 0))
+            print(f"{segment.precision}: {difference:+.3f} points of mIoU to fp32")
         if sheet is not None:
             sheet.save(args.sheet)
             print(f"wrote {args.sheet}")
@@ -534,6 +541,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", default="cityscapes", help="cityscapes, camvid or folder (default: %(default)s)")
     parser.add_argument("--data", metavar="ROOT", help="the dataset's folder (default: datasets/NAME)")
     parser.add_argument("--split", default="val", help="split to evaluate, or several joined by + (default: %(default)s)")
+    parser.add_argument("--compare", action="store_true", help="also evaluate in float32, and print the difference in mIoU")
     parser.add_argument("--sheet", metavar="FILE", help="also write a contact sheet: image | truth | prediction")
     parser.add_argument("--sheet-rows", type=int, default=6, metavar="N", help="images on the sheet (default: %(default)s)")
     parser.add_argument("--predict", metavar="PATH", help="segment this picture, or all below this folder, instead")

@@ -262,3 +262,11 @@ def test_a_batch_that_does_not_fit_is_one_line(monkeypatch):
     flags = ["--benchmark", "--size", "8192", "16384", "--batch-size", "100000", "--repeats", "1", "--device", "cpu"]
     with pytest.raises(evaluation.UsageError, match="100000 images of 8192x16384 do not fit in memory; lower --batch-size"):
         evaluation.main(flags)
+
+
+def test_the_difference_to_float32_is_printed_on_request(capsys, drawn, weights):
+    flags = ["--weights", str(weights), "--data", str(drawn), "--device", "cpu", "--amp", "auto", "--compare"]
+    evaluation.main(flags)
+    out = capsys.readouterr().out
+    result = last_json(out)
+    assert abs(result["miou"] - result["miou_fp32"]) < 0.02 and "points of mIoU to fp32" in out
