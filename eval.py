@@ -288,13 +288,27 @@ def run_evaluation(args: argparse.Namespace) -> dict:
     result = metrics(confusion, dataset.classes)
     if args.compare:
         exact = accelerate(model, device=device, precision=torch.float32, mean=MEAN, std=STD)
-        confusion = evaluate(exact, dataset, device=device, workers=args.workers, rank=rank, world_size=world_size)
+        agreement = []  # of each image, share of the pixels with the same label
+
+        def compared(images: Tensor) -> Tensor:
+            labels = exact(images)
+            agreement.append((labels == segment(images)).float().mean().item())
+            return labels
+
+        confusion = evaluate(compared, dataset, device=device, workers=args.workers, rank=rank, world_size=world_size)
+        shares = [agreement]
+        if world_size > 1:
+            shares = [None] * world_size
+            dist.all_gather_object(shares, agreement)
+        agreement = [each for share in shares for each in share]
         result["miou_fp32"] = metrics(confusion, dataset.classes)["miou"]
+        result["agreement"] = {"mean": statistics.mean(agreement), "min": min(agreement)}
     if rank == 0:
         print(format_table(result))
         if args.compare:
             difference = 100 * ((result["miou"] or 0) - (result["miou_fp32"] or 0))
-            print(f"{segment.precision}: {difference:+.3f} points of mIoU to fp32")
+            print(f"{segment.precision}: {difference:+.3f} points of mIoU to fp32", end="; ")
+            print("labels agree in {mean:.3%} of the pixels, at least {min:.3%} of an image".format(**result["agreement"]))
         if sheet is not None:
             sheet.save(args.sheet)
             print(f"wrote {args.sheet}")

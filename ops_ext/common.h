@@ -166,4 +166,14 @@ inline Tensor empty_gradient(const Tensor& logits) {
                               !first && last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
+inline void define_operators(torch::stable::detail::StableLibrary& m) {
+  m.def("upsample_argmax(Tensor logits, SymInt height, SymInt width, bool align_corners) -> Tensor");
+  // The loss summed or per pixel; the sum of the weights of what is not ignored; the gradient of the sum, empty if not asked for.
+  m.def("upsample_cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
+        "bool align_corners, bool per_pixel, bool with_grad) -> (Tensor, Tensor, Tensor)");
+  m.def("upsample_cross_entropy_backward(Tensor pixel_grad, Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
+        "float label_smoothing, bool align_corners) -> Tensor");
+  m.def("confusion_matrix(Tensor prediction, Tensor target, int num_classes, int ignore_index) -> Tensor");
+}
+
 }  // namespace ops_ext

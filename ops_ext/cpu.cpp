@@ -1,4 +1,4 @@
-// The operators' schemas, and their CPU kernels.
+// The CPU kernels of the operators around the network.
 //
 // Vectors are GCC's and Clang's vector types, as wide as the machine's registers; threads are PyTorch's own. Work is shared out
 // over the rows of cells between two low-resolution rows; scratch memory is allocated once per thread and call.
@@ -861,15 +861,7 @@ Tensor confusion_matrix(const Tensor& prediction, const Tensor& target, int64_t 
 }  // namespace
 }  // namespace ops_ext
 
-STABLE_TORCH_LIBRARY(ops_ext, m) {
-  m.def("upsample_argmax(Tensor logits, SymInt height, SymInt width, bool align_corners) -> Tensor");
-  // The loss summed or per pixel; the sum of the weights of what is not ignored; the gradient of the sum, empty if not asked for.
-  m.def("upsample_cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
-        "bool align_corners, bool per_pixel, bool with_grad) -> (Tensor, Tensor, Tensor)");
-  m.def("upsample_cross_entropy_backward(Tensor pixel_grad, Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
-        "float label_smoothing, bool align_corners) -> Tensor");
-  m.def("confusion_matrix(Tensor prediction, Tensor target, int num_classes, int ignore_index) -> Tensor");
-}
+STABLE_TORCH_LIBRARY(ops_ext, m) { ops_ext::define_operators(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(ops_ext, CPU, m) {
   m.impl("upsample_argmax", TORCH_BOX(&ops_ext::upsample_argmax));

@@ -270,3 +270,4 @@ def test_the_difference_to_float32_is_printed_on_request(capsys, drawn, weights)
     out = capsys.readouterr().out
     result = last_json(out)
     assert abs(result["miou"] - result["miou_fp32"]) < 0.02 and "points of mIoU to fp32" in out
+    assert 0.95 < result["agreement"]["min"] <= result["agreement"]["mean"] <= 1
