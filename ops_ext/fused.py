@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-MULTIPLE = 16  # of which the kernels' channels are
+MULTIPLE = 32  # of which the kernels' channels are in bfloat16, and half of it in float32
 
 
 class FusedFastSCNN:
@@ -36,6 +36,7 @@ class FusedFastSCNN:
         fusion, classifier = model.feature_fusion, model.classifier
         blocks = [*features.bottleneck1, *features.bottleneck2, *features.bottleneck3]
         self.half = half
+        self.multiple = MULTIPLE if half else MULTIPLE // 2
         weight, bias = _folded(down.conv)
         weight = weight / (torch.tensor(std) * 255).view(1, 3, 1, 1)
         first = (torch.tensor(mean) * 255, weight.permute(2, 3, 1, 0).reshape(27, -1).contiguous(), bias)
@@ -43,17 +44,14 @@ class FusedFastSCNN:
         self.bottlenecks = [self._bottleneck(block) for block in blocks]
         self.pyramid = self._pyramid(features.pyramid_pooling)
         self.classes = classifier.conv.out_channels
-        padding = -self.classes % MULTIPLE
-        weight, bias = classifier.conv.weight.flatten(1), classifier.conv.bias
         self.head = (
-            *_depthwise(fusion.depthwise),
-            *self._pointwise(fusion.context),
-            *self._pointwise(fusion.detail),
+            *self._depthwise(fusion.depthwise),
+            *self._fusion(fusion),
             fusion.depthwise.conv.dilation[0],
             *self._separable(classifier.dsconv1),
             *self._separable(classifier.dsconv2),
-            self._packed(F.pad(weight, (0, 0, 0, padding))),
-            F.pad(bias, (0, padding)),
+            self._packed(classifier.conv.weight.flatten(1)),
+            self._padded(classifier.conv.bias),
         )
         self.kept: list[tuple[tuple[int, ...], list[Tensor]]] = []
 
@@ -120,24 +118,31 @@ class FusedFastSCNN:
             maps.append(empty(bias.shape[0], h, w))
         return [*maps, empty(self.pyramid[-1].shape[0], h, w), scores]
 
-    # Weights as the kernels take them.
+    # Weights as the kernels take them, with channels of zeros up to a number that they divide.
+
+    def _padded(self, values: Tensor) -> Tensor:
+        return F.pad(values, (0, -values.shape[-1] % self.multiple))
 
     def _packed(self, weight: Tensor) -> Tensor:
         """(out, in) -> (in, out) float32, or (in / 2, out, 2) bfloat16."""
-        weight = weight.t().contiguous()
+        weight = self._padded(self._padded(weight).t()).contiguous()
         if not self.half:
             return weight
         return weight.bfloat16().unflatten(0, (-1, 2)).transpose(1, 2).contiguous()
 
     def _pointwise(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
         weight, bias = _folded(layer)
-        return self._packed(weight.flatten(1)), bias
+        return self._packed(weight.flatten(1)), self._padded(bias)
+
+    def _depthwise(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        weight, bias = _folded(layer)
+        return self._padded(weight.flatten(1).t()).contiguous(), self._padded(bias)  # (9, channels)
 
     def _separable(self, block: nn.Module) -> tuple[Tensor, ...]:
-        return (*_depthwise(block.depthwise), *self._pointwise(block.pointwise))
+        return (*self._depthwise(block.depthwise), *self._pointwise(block.pointwise))
 
     def _bottleneck(self, block: nn.Module) -> tuple:
-        layers = (*self._pointwise(block.expand), *_depthwise(block.depthwise), *self._pointwise(block.project))
+        layers = (*self._pointwise(block.expand), *self._depthwise(block.depthwise), *self._pointwise(block.project))
         return (*layers, block.depthwise.conv.stride[0], block.residual)
 
     def _pyramid(self, pooling: nn.Module) -> tuple[Tensor, ...]:
@@ -147,6 +152,11 @@ class FusedFastSCNN:
         narrow = torch.cat([each.flatten(1).t() for each, _ in reduce]).contiguous()
         return (narrow, torch.cat([each for _, each in reduce]), levels.t().contiguous(), self._packed(own), bias)
 
+    def _fusion(self, fusion: nn.Module) -> tuple[Tensor, Tensor]:
+        """The convolutions of the context and of the detail as one, of both side by side."""
+        (context, context_bias), (detail, detail_bias) = self._pointwise(fusion.context), self._pointwise(fusion.detail)
+        return torch.cat([context, detail]), context_bias + detail_bias
+
 
 def _folded(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution and the batch normalisation after it."""
@@ -154,11 +164,6 @@ def _folded(layer: nn.Module) -> tuple[Tensor, Tensor]:
     statistics = (bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
     weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
     return weight.detach(), bias.detach()
-
-
-def _depthwise(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    weight, bias = _folded(layer)
-    return weight.flatten(1).t().contiguous(), bias  # (9, channels)
 
 
 def median_ms(call: Callable[[], object], repeats: int) -> float:

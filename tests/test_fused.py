@@ -141,7 +141,7 @@ def arguments_of(op: str) -> list:
         "stem_block": [images_of(1, 48, 56), torch.zeros(3), torch.zeros(27, 32), v32, *separable, *separable, m.clone()],
         "bottleneck_block": [m, *hidden, 1, True, m.clone()],
         "pyramid_block": [twice.contiguous(memory_format=torch.channels_last), *pyramid, m.clone()],
-        "head_block": [m, m[:, :, :2, :2], *separable, square, v32, 4, *separable, *separable, square, v32, m.clone()],
+        "head_block": [m, m[:, :, :2, :2], nine, v32, square.repeat(2, 1), v32, 4, *separable, *separable, square, v32, m.clone()],
     }[op]
 
 
