@@ -517,15 +517,16 @@ def _in_openvino(model: nn.Module, device: torch.device, precision: str = "f32")
     return segment
 
 
-def _in_pytorch(model: nn.Module, device: torch.device, how: str) -> Callable[[Tensor], Tensor]:
+def _in_pytorch(model: nn.Module, device: torch.device, how: str, bf16: bool = False) -> Callable[[Tensor], Tensor]:
     network = Deployed(model).to(device)
-    run = torch.compile(network) if how == "compile" else network
+    modes = {"compile": "default", "max-autotune": "max-autotune"}
+    run = torch.compile(network, mode=modes[how]) if how in modes else network
 
     def segment(images: Tensor) -> Tensor:
         images = images.to(device)
         if how == "eager":  # planes of colour, as torchvision's ToTensor gives them; else as they come, in channels_last
             images = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return run(images)
 
     return segment
@@ -535,6 +536,8 @@ RUNTIMES = {
     "eager": functools.partial(_in_pytorch, how="eager"),
     "channels_last": functools.partial(_in_pytorch, how="channels_last"),
     "compile": functools.partial(_in_pytorch, how="compile"),
+    "max-autotune": functools.partial(_in_pytorch, how="max-autotune"),
+    "max-autotune-bf16": functools.partial(_in_pytorch, how="max-autotune", bf16=True),
     "onnxruntime": _in_onnxruntime,
     "openvino": _in_openvino,
     "openvino-bf16": functools.partial(_in_openvino, precision="bf16"),

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compiler import BuildError, load
+from .deployed import Recorded, fold_batch_norm
 from .fused import FusedFastSCNN, median_ms
 
 __all__ = [
@@ -354,7 +355,8 @@ def accelerate(
         labels = segment(torch.from_numpy(numpy.array(image))[None])[0]
 
     On the CPU model.py's Fast-SCNN runs in kernels of its own, at any size without a compilation. Another network, or another
-    device, runs in PyTorch in channels_last with the last step fused.
+    device, runs in PyTorch in channels_last, with batch normalisation folded and the last step fused; on CUDA recorded as a graph
+    for every size that comes twice.
 
     Args:
         model: a network whose `model(x, upsample=False)` gives class scores at a lower resolution.
@@ -377,32 +379,70 @@ def accelerate(
     fused = _fused(model, precision, mean, std) if device.type == "cpu" else None
     if precision is None:
         precision = _fast_precision(device) if fused is None else torch.bfloat16 if fused.half else torch.float32
-    autocast = None if precision == torch.float32 else precision
-    shift = torch.tensor(mean, device=device).view(3, 1, 1) * 255
-    scale = 1 / (torch.tensor(std, device=device).view(3, 1, 1) * 255)
+    run = fused or _in_pytorch(model, device, precision, mean, std)
+    if device.type == "cuda":
+        run = Recorded(run)
 
     @torch.inference_mode()
     def segment(images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.numel() == 0:
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, expected uint8 (N, H, W, 3), not empty")
-        images = images.to(device)
-        if fused is not None:
-            return fused(images)
-        pixels = images.permute(0, 3, 1, 2)  # (N, 3, H, W), channels_last in memory
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            logits = model((pixels.float() - shift) * scale, upsample=False)  # (N, C, H/8, W/8)
-        return upsample_argmax(logits, images.shape[1:3])
+        return run(images.to(device))
 
     @torch.inference_mode()
     def stages_ms(images: Tensor, repeats: int = 20) -> dict[str, float]:
         """Median time of each part, in milliseconds."""
+        images = images.to(device)
         if fused is not None:
-            return fused.stages_ms(images.to(device), repeats)
-        return {"all": median_ms(lambda: segment(images).cpu(), repeats)}
+            return fused.stages_ms(images, repeats)
+        return {f"from {device.type} memory to {device.type} memory": median_ms(lambda: _finished(run(images)), repeats)}
 
     segment.stages_ms = stages_ms
     segment.precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(precision, "fp32")
     return segment
+
+
+def _finished(result: Tensor) -> None:
+    """Waits for the device."""
+    if result.device.type != "cpu":
+        torch.accelerator.synchronize(result.device)
+
+
+def _in_pytorch(
+    model: nn.Module, device: torch.device, precision: torch.dtype, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Tensor], Tensor]:
+    """From uint8 images to label maps on `device`."""
+    shift = torch.tensor(mean, device=device).view(3, 1, 1) * 255
+    scale = 1 / (torch.tensor(std, device=device).view(3, 1, 1) * 255)
+    casts = precision != torch.float32  # by autocast, unless the whole network can be of that type
+
+    def scores(network: nn.Module, images: Tensor, dtype: torch.dtype, autocast: bool) -> Tensor:
+        pixels = (images.permute(0, 3, 1, 2) - shift) * scale  # (N, 3, H, W), channels_last in memory
+        with torch.autocast(device.type, precision, enabled=autocast):
+            return network(pixels.to(dtype), upsample=False)  # (N, C, H/8, W/8)
+
+    folded = copy.deepcopy(model)
+    fold_batch_norm(folded)
+    folded.to(precision)
+    images = _sample_images().to(device)
+    try:
+        with torch.inference_mode():
+            same = _agree(scores(folded, images, precision, False), scores(model, images, torch.float32, False), casts)
+    except (RuntimeError, ValueError):  # of a network that is not a chain of layers of one type
+        same = False
+    network, dtype, casts = (folded, precision, False) if same else (model, torch.float32, casts)
+    return lambda images: upsample_argmax(scores(network, images, dtype, casts), images.shape[1:3])
+
+
+def _sample_images() -> Tensor:
+    return torch.arange(2 * 48 * 80 * 3).mul(7919).bitwise_and(255).byte().view(2, 48, 80, 3)
+
+
+def _agree(scores: Tensor, expected: Tensor, half: bool) -> bool:
+    """Whether a network is computed as it should be; rounding to `half` precision is forgiven."""
+    if scores.shape != expected.shape:
+        return False
+    return bool((scores.float() - expected).norm() <= (0.05 if half else 1e-3) * expected.norm())
 
 
 def _fast_precision(device: torch.device) -> torch.dtype:
@@ -421,11 +461,11 @@ def _fused(
     """The network in kernels of its own, if it is a Fast-SCNN of the shape that they compute, and they are there."""
     if precision == torch.float16 or not _compiled("cpu"):
         return None
-    has_half = torch.ops.ops_ext.has_bfloat16()
-    if precision == torch.bfloat16 and not has_half:
+    ops = torch.ops.ops_ext
+    half = ops.has_fast_bfloat16() if precision is None else precision == torch.bfloat16
+    if half and not ops.has_bfloat16():
         return None
-    half = has_half and precision != torch.float32
-    images = torch.arange(2 * 48 * 80 * 3).mul(7919).bitwise_and(255).byte().view(2, 48, 80, 3)
+    images = _sample_images()
     pixels = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     try:
         fused = FusedFastSCNN(model, mean, std, half)
@@ -434,8 +474,7 @@ def _fused(
         return None
     # Submodules of these names and sizes may still be put together otherwise: what counts is what comes out.
     expected = model(pixels.contiguous(memory_format=torch.channels_last), upsample=False)
-    error = (scores - expected).norm() / expected.norm() if scores.shape == expected.shape else torch.tensor(1.0)
-    return fused if error < (0.05 if half else 1e-3) else None
+    return fused if _agree(scores, expected, half) else None
 
 
 # ----------------------------------------------------------------------------------------------------------------- checks

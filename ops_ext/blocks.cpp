@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -183,6 +184,20 @@ struct TileState {
   static constexpr bool usable() { return false; }
 };
 #endif
+// A vector in whole cache lines: rows that straddle them take twice the time to load.
+template <class T>
+struct Lines {
+  using value_type = T;
+  Lines() = default;
+  template <class Other>
+  Lines(const Lines<Other>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* memory, size_t) { ::operator delete(memory, std::align_val_t(64)); }
+  bool operator==(const Lines&) const = default;
+};
+template <class T>
+using Rows = std::vector<T, Lines<T>>;
+
 constexpr int64_t TILE = 16;  // pixels that are read beyond the last one, whatever is there
 
 // Sums of a register tile: P pixels, `step` values apart, times W vectors of output channels, whose weights are `out` apart.
@@ -293,28 +308,104 @@ struct Depthwise {
 
   // One output row of `count` pixels, `step` values apart. rows: three input rows, from the first tap of the first pixel on.
   void run(const T* const (&rows)[3], int64_t count, T* to, int64_t step) const {
-    constexpr int N = VECTORS<T>;
     for (int64_t c = 0; c < channels; c += GROUP<T>) {
-      V w[9][N], b[N];
-      for (int tap = 0; tap < 9; ++tap) load(weight + tap * channels + c, w[tap]);
-      load(bias + c, b);
-      for (int64_t p = 0; p < count; ++p) {
-        V sum[N];
-        std::copy(b, b + N, sum);
-#pragma GCC unroll 3
-        for (int ky = 0; ky < 3; ++ky)
-#pragma GCC unroll 3
-          for (int kx = 0; kx < 3; ++kx) {
-            V x[N];
-            load(rows[ky] + (p * stride + kx * dilation) * channels + c, x);
-            for (int v = 0; v < N; ++v) sum[v] += w[3 * ky + kx][v] * x[v];
-          }
-        if (relu)
-          for (V& each : sum) each = relu_of(each);
-        store(to + p * step + c, sum);
-      }
+      const Taps taps(*this, c, rows);
+      if (dilation == 1 && stride == 1)
+        taps.slide(count, to + c, step);
+      else if (dilation == 1 && stride == 2)
+        taps.slide_by_2(count, to + c, step);
+      else
+        taps.apart(count, to + c, step);
     }
   }
+
+ private:
+  static constexpr int N = VECTORS<T>;
+
+  struct Taps {  // of one group of channels
+    const Depthwise& layer;
+    V weight[3][3][N], bias[N];
+    const T* rows[3];
+
+    Taps(const Depthwise& depthwise, int64_t c, const T* const (&from)[3]) : layer(depthwise) {
+      for (int ky = 0; ky < 3; ++ky) {
+        rows[ky] = from[ky] + c;
+        for (int kx = 0; kx < 3; ++kx) load(layer.weight + (3 * ky + kx) * layer.channels + c, weight[ky][kx]);
+      }
+      load(layer.bias + c, bias);
+    }
+
+    // Adds what a column of the input gives to three sums through their columns of the kernel, -1 for none.
+    void add(int64_t column, int kx, V (&a)[N]) const {
+#pragma GCC unroll 3
+      for (int ky = 0; ky < 3; ++ky) {
+        V x[N];
+        load(rows[ky] + column * layer.channels, x);
+        for (int v = 0; v < N; ++v) a[v] += weight[ky][kx][v] * x[v];
+      }
+    }
+    void add(int64_t column, int kx_a, V (&a)[N], int kx_b, V (&b)[N]) const {
+#pragma GCC unroll 3
+      for (int ky = 0; ky < 3; ++ky) {
+        V x[N];
+        load(rows[ky] + column * layer.channels, x);
+        for (int v = 0; v < N; ++v) a[v] += weight[ky][kx_a][v] * x[v], b[v] += weight[ky][kx_b][v] * x[v];
+      }
+    }
+
+    void finish(V (&sum)[N], T* to) const {
+      if (layer.relu)
+        for (V& each : sum) each = relu_of(each);
+      store(to, sum);
+    }
+
+    void slide(int64_t count, T* to, int64_t step) const {  // each column of the input is loaded once, for three sums
+      V first[N], second[N], third[N];
+      std::copy(bias, bias + N, first);
+      std::copy(bias, bias + N, second);
+      add(0, 0, first);
+      add(1, 1, first, 0, second);
+      for (int64_t p = 0; p < count; ++p, to += step) {
+        std::copy(bias, bias + N, third);
+#pragma GCC unroll 3
+        for (int ky = 0; ky < 3; ++ky) {
+          V x[N];
+          load(rows[ky] + (p + 2) * layer.channels, x);
+          for (int v = 0; v < N; ++v) {
+            first[v] += weight[ky][2][v] * x[v];
+            second[v] += weight[ky][1][v] * x[v];
+            third[v] += weight[ky][0][v] * x[v];
+          }
+        }
+        finish(first, to);
+        std::copy(second, second + N, first);
+        std::copy(third, third + N, second);
+      }
+    }
+
+    void slide_by_2(int64_t count, T* to, int64_t step) const {
+      V sum[N], next[N];
+      std::copy(bias, bias + N, sum);
+      add(0, 0, sum);
+      for (int64_t p = 0; p < count; ++p, to += step) {
+        std::copy(bias, bias + N, next);
+        add(2 * p + 1, 1, sum);
+        add(2 * p + 2, 2, sum, 0, next);
+        finish(sum, to);
+        std::copy(next, next + N, sum);
+      }
+    }
+
+    void apart(int64_t count, T* to, int64_t step) const {
+      for (int64_t p = 0; p < count; ++p, to += step) {
+        V sum[N];
+        std::copy(bias, bias + N, sum);
+#pragma GCC unroll 3
+        for (int kx = 0; kx < 3; ++kx) add(p * layer.stride + kx * layer.dilation, kx, sum);
+        finish(sum, to);
+      }
+    }
+  };
 };
 
 // (N, C, H, W) float32 in channels_last.
@@ -336,7 +427,7 @@ struct Expanded {  // a 1x1 convolution
   Pointwise<T> pointwise;
   struct State {
     int64_t from, to;
-    std::vector<T> row;
+    Rows<T> row;
   };
   int64_t h() const { return x.h; }
   int64_t w() const { return x.w; }
@@ -368,7 +459,7 @@ struct Stem {
   static constexpr int CHANNELS = 32, W = CHANNELS / LANES, P = 24 / W < 12 ? 24 / W : 12;
   struct State {
     int64_t from, to;
-    std::vector<float> pixels;  // three rows of the image
+    Rows<float> pixels;  // three rows of the image
   };
   int64_t h() const { return (height - 1) / 2 + 1; }
   int64_t w() const { return (width - 1) / 2 + 1; }
@@ -411,32 +502,35 @@ struct Stem {
 };
 
 #ifdef HAS_TILES
-// The same in tiles. A pixel's nine values of an image row lie side by side, and the next pixel's begin six further on: tile rows
-// that overlap in memory are the matrix, without a copy; of their 32 values the weights of the last 23 are 0. Pixels are exact in
-// bfloat16, and `shift` is taken off the bias instead; outside the image is the nearest whole number to it.
+// The same as a product of matrices of bfloat16, for tiles: 27 values and 5 that do not count are a pixel's row. Pixels are exact
+// in bfloat16, and `shift` is taken off the bias instead; outside the image is the nearest whole number to it.
 struct TileStem {
   using T = Half;
   const uint8_t* images;
   int64_t height, width;
   Half outside[3];
-  std::vector<Half> weight;  // (3, 16, 32, 2)
-  float bias[32];
-  static constexpr int CHANNELS = 32, STEP = 6, DEPTH = 32;
+  Rows<Half> weight;  // (16, 32, 2)
+  Rows<float> bias;
+  static constexpr int CHANNELS = 32, DEPTH = 32;
   struct State {
     int64_t from, to, size;
-    std::vector<Half> pixels;
+    Rows<Half> pixels, matrix;  // three rows of the image, (count + TILE, 32)
     std::vector<int64_t> held;
   };
 
-  explicit TileStem(const Stem<Half>& stem) : images(stem.images), height(stem.height), width(stem.width), weight(3 * DEPTH * CHANNELS) {
-    for (int c = 0; c < 3; ++c) outside[c] = exact(std::nearbyint(stem.shift[c]));
+  explicit TileStem(const Stem<Half>& stem)
+      : images(stem.images), height(stem.height), width(stem.width), weight(DEPTH * CHANNELS), bias(CHANNELS) {
+    for (int c = 0; c < 3; ++c) outside[c] = whole(std::nearbyint(stem.shift[c]));
     for (int n = 0; n < CHANNELS; ++n) {
       double sum = stem.bias[n];
       for (int k = 0; k < 27; ++k) {
         Half rounded[LANES];
         store(rounded, V{} + stem.weight[k * CHANNELS + n]);
-        weight[((k / 9 * DEPTH + k % 9) / 2 * CHANNELS + n) * 2 + k % 9 % 2] = rounded[0];
-        sum -= double(wide(rounded[0])) * stem.shift[k % 3];
+        weight[(k / 2 * CHANNELS + n) * 2 + k % 2] = rounded[0];
+        const uint32_t bits = uint32_t(rounded[0]) << 16;
+        float value;
+        std::memcpy(&value, &bits, sizeof(value));
+        sum -= double(value) * stem.shift[k % 3];
       }
       bias[n] = float(sum);
     }
@@ -445,8 +539,9 @@ struct TileStem {
   int64_t h() const { return (height - 1) / 2 + 1; }
   int64_t w() const { return (width - 1) / 2 + 1; }
   void begin(int64_t from, int64_t to, State& state) const {
-    state.from = from, state.to = to, state.size = (to - from + TILE) * STEP + DEPTH;
+    state.from = from, state.to = to, state.size = 6 * (to - from) + DEPTH;
     state.pixels.resize(3 * state.size);
+    state.matrix.resize((to - from + TILE) * DEPTH);
     state.held.assign(3, -2);
   }
   void make(int64_t image, int64_t i, T* row, State& state) const {
@@ -459,33 +554,27 @@ struct TileStem {
       state.held[slot] = y;
       rows[ky] = pixels;
     }
-    TileSums sums;
-    for (int64_t p = 0; p < count; p += 32) {
-      sums.begin(bias);
-      for (int ky = 0; ky < 3; ++ky) sums.add(rows[ky] + p * STEP, STEP, &weight[ky * DEPTH * CHANNELS], CHANNELS, count - p > 16);
-      sums.finish(std::min<int64_t>(32, count - p), row + p * CHANNELS, CHANNELS, nullptr, true);
-    }
+    // Sixteen values are one copy, of which nine count: what follows them is overwritten by the next copy, or meets weights of 0.
+    for (int64_t p = 0; p < count; ++p)
+      for (int ky = 0; ky < 3; ++ky) std::memcpy(&state.matrix[p * DEPTH + 9 * ky], rows[ky] + 6 * p, 16 * sizeof(Half));
+    Pointwise<Half>{weight.data(), bias.data(), DEPTH, CHANNELS, true}.run(state.matrix.data(), count, row, nullptr);
   }
 
  private:
-  static float wide(Half value) {
-    const uint32_t bits = uint32_t(value) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof(result));
-    return result;
-  }
-  static Half exact(float value) {  // of a whole number up to 256
+  static Half whole(float value) {  // of a whole number up to 256
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof(bits));
     return Half(bits >> 16);
   }
+  // `count` pixels of image row y from column x on.
   void read(int64_t image, int64_t y, int64_t x, int64_t count, Half* to) const {
-    const bool inside = y >= 0 && y < height;
-    const int64_t first = inside ? std::max<int64_t>(x, 0) : x + count, last = inside ? std::min(x + count, width) : x + count;
-    for (int64_t at = x; at < x + count; at = at == first - 1 ? last : at + 1)
-      for (int c = 0; c < 3; ++c) to[3 * (at - x) + c] = outside[c];
-    const uint8_t* from = images + (image * height + y) * width * 3;
-    for (int64_t at = 3 * first; at < 3 * last; ++at) to[at - 3 * x] = exact(from[at]);
+    for (int64_t at = 0; at < count; ++at)
+      for (int c = 0; c < 3; ++c) to[3 * at + c] = outside[c];
+    if (y < 0 || y >= height) return;
+    const int64_t first = std::max<int64_t>(x, 0), last = std::min(x + count, width);
+    const uint8_t* from = images + ((image * height + y) * width + first) * 3;
+    to += 3 * (first - x);
+    for (int64_t at = 0; at < 3 * (last - first); ++at) to[at] = whole(from[at]);
   }
 };
 #endif
@@ -529,7 +618,7 @@ struct Block {
   struct State {
     typename Source::State source;
     int64_t from, to, first, last;  // columns of the results; columns of the source, of which some may lie outside
-    std::vector<T> ring, line, before;
+    Rows<T> ring, line, before;
     std::vector<int64_t> held;  // which row of the source each slot of the ring holds
   };
   int64_t h() const { return (source.h() - 1) / depthwise.stride + 1; }
@@ -765,12 +854,12 @@ void pyramid_block(const Tensor& input, const Tensor& reduce, const Tensor& redu
     float* to = result_of(out, x.n, out_c, x.h, x.w);
     const std::vector<float> zeros(out_c);
     for (int64_t image = 0; image < x.n; ++image) {
-      std::vector<float> levels[LEVELS];
+      Rows<float> levels[LEVELS];
       std::vector<Resized<float>> resized;
       parallel_for(0, LEVELS, 1, [&](int64_t begin, int64_t end) {
         for (int64_t level = begin; level < end; ++level) {
           const int64_t bins = BINS[level];
-          std::vector<float> mean(bins * bins * c), reduced(bins * bins * part);
+          Rows<float> mean(bins * bins * c), reduced(bins * bins * part);
           for (int64_t bin = 0; bin < bins * bins; ++bin) {
             const int64_t by = bin / bins, bx = bin % bins;  // as F.adaptive_avg_pool2d divides: bins may overlap by a pixel
             const int64_t y0 = by * x.h / bins, y1 = ((by + 1) * x.h + bins - 1) / bins;
@@ -799,8 +888,8 @@ void pyramid_block(const Tensor& input, const Tensor& reduce, const Tensor& redu
       }
       parallel_for(0, x.h, 1, [&](int64_t begin, int64_t end) {
         const TileState tile_state;
-        std::vector<float> sum(x.w * out_c), each(x.w * out_c);
-        std::vector<T> row((x.w + TILE) * c);
+        Rows<float> sum(x.w * out_c), each(x.w * out_c);
+        Rows<T> row((x.w + TILE) * c);
         for (int64_t y = begin; y < end; ++y) {
           Resized<float>::State whole{0, x.w};
           resized[0].make(0, y, sum.data(), whole);
@@ -832,9 +921,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ops_ext, m) {
         "Tensor project1_bias, Tensor depthwise2, Tensor depthwise2_bias, Tensor project2, Tensor project2_bias, Tensor scores, "
         "Tensor scores_bias, Tensor(a!) out) -> ()");
   m.def("has_bfloat16() -> bool");
+  m.def("has_fast_bfloat16() -> bool");
 }
 
 bool ops_ext_has_bfloat16() { return ops_ext::HAS_BFLOAT16; }
+
+// Faster than float32, that is. Intel's CPUs multiply pairs of bfloat16 at half the rate of float32 outside their tiles.
+bool ops_ext_has_fast_bfloat16() {
+#ifdef __AVX512BF16__
+  return ops_ext::TileState::usable() || !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
 
 STABLE_TORCH_LIBRARY_IMPL(ops_ext, CPU, m) {
   m.impl("stem_block", TORCH_BOX(&ops_ext::stem_block));
@@ -843,4 +942,7 @@ STABLE_TORCH_LIBRARY_IMPL(ops_ext, CPU, m) {
   m.impl("head_block", TORCH_BOX(&ops_ext::head_block));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ops_ext, CompositeExplicitAutograd, m) { m.impl("has_bfloat16", TORCH_BOX(&ops_ext_has_bfloat16)); }
+STABLE_TORCH_LIBRARY_IMPL(ops_ext, CompositeExplicitAutograd, m) { 
+  m.impl("has_bfloat16", TORCH_BOX(&ops_ext_has_bfloat16));
+  m.impl("has_fast_bfloat16", TORCH_BOX(&ops_ext_has_fast_bfloat16));
+}

@@ -1,5 +1,7 @@
 """Fast-SCNN in the kernels of blocks.cpp gives what the module gives, at any size; what is no Fast-SCNN runs in PyTorch."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,30 @@ def test_scores_in_bfloat16_are_close_to_the_networks(shape):
     assert (scores - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("shape", [(1, 64, 96), (2, 97, 131), (1, 160, 1100)])
+def test_every_stage_is_the_networks(shape, half):
+    # What a wrong tap in the stem adds drowns in the scores of random weights: each stage is compared by itself.
+    if half and not torch.ops.ops_ext.has_bfloat16():
+        pytest.skip("no AVX512-BF16 on this CPU")
+    model, images, expected = network(), images_of(*shape), []
+    features = model.global_feature_extractor
+    bottlenecks = [*features.bottleneck1, *features.bottleneck2, *features.bottleneck3]
+    stages = [model.learning_to_downsample, *bottlenecks, features.pyramid_pooling, model.classifier]
+    fused = FusedFastSCNN(model, MEAN, STD, half)
+    for stage in stages:
+        stage.register_forward_hook(lambda _module, _inputs, output: expected.append(output))
+    scores_of(model, images)
+    with torch.inference_mode():
+        maps = fused._maps(*shape)
+        fused._run(images, maps)
+    assert len(maps) == len(expected)
+    for stage, got, want in zip(stages, maps, expected):
+        assert not got[:, want.shape[1] :].any()
+        error = (got[:, : want.shape[1]] - want).abs().max() / want.abs().max()
+        assert error < (0.01 if half else 2e-5), type(stage).__name__
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, None])
 def test_labels_are_the_networks_when_sizes_change(precision):
     model = network()
@@ -129,6 +155,44 @@ def test_a_precision_that_is_none_is_refused():
         accelerate(network(), precision=torch.int8)
 
 
+def test_folded_batch_normalisation_changes_nothing():
+    model, images = network(), images_of(2, 97, 131)
+    expected = scores_of(model, images)
+    ops_ext.fold_batch_norm(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert (scores_of(model, images) - expected).abs().max() < 1e-10 * expected.abs().max()
+
+
+def test_layers_beside_each_other_that_do_not_follow_each_other_stay_apart():
+    class Sneaky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 8, 8), nn.BatchNorm2d(3)
+
+        def forward(self, x, upsample=True):
+            return self.conv(self.bn(x))
+
+    torch.manual_seed(0)
+    model, images = Sneaky(), images_of(1, 64, 96)
+    nn.init.uniform_(model.bn.running_mean, -2, 2)
+    model.eval()
+    for precision, least in ((torch.float32, 0.999), (torch.bfloat16, 0.9)):
+        labels = accelerate(model, precision=precision)(images)
+        expected = ops_ext.upsample_argmax_reference(scores_of(copy.deepcopy(model), images), (64, 96))
+        assert (labels == expected).float().mean() > least
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_recorded_graphs_give_the_networks_labels_whatever_comes_between():
+    model = network()
+    segment = accelerate(model, device="cuda", precision=torch.float32)
+    for seed in range(3):
+        for height in (64, 97, 64, 160, 64):
+            images = torch.randint(0, 256, (1, height, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+            expected = ops_ext.upsample_argmax_reference(scores_of(model, images), (height, 96))
+            assert (segment(images).cpu() == expected).float().mean() > 0.995
+
+
 def arguments_of(op: str) -> list:
     """Arguments of an operator that fit, of 32 channels and 16 hidden ones."""
     m = torch.zeros(1, 32, 6, 7).contiguous(memory_format=torch.channels_last)
@@ -141,7 +205,20 @@ def arguments_of(op: str) -> list:
         "stem_block": [images_of(1, 48, 56), torch.zeros(3), torch.zeros(27, 32), v32, *separable, *separable, m.clone()],
         "bottleneck_block": [m, *hidden, 1, True, m.clone()],
         "pyramid_block": [twice.contiguous(memory_format=torch.channels_last), *pyramid, m.clone()],
-        "head_block": [m, m[:, :, :2, :2], nine, v32, square.repeat(2, 1), v32, 4, *separable, *separable, square, v32, m.clone()],
+        "head_block": [
+            m,
+            m[:, :, :2, :2],
+            nine,
+            v32,
+            square.repeat(2, 1),
+            v32,
+            4,
+            *separable,
+            *separable,
+            square,
+            v32,
+            m.clone(),
+        ],
     }[op]
 
 
