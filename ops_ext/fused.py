@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+MIN_SIZE = 32  # of an image's sides, in pixels
 MULTIPLE = 32  # of which the kernels' channels are in bfloat16, and half of it in float32
 
 
@@ -65,6 +66,8 @@ class FusedFastSCNN:
         # The maps between the blocks are kept for the next image: fresh memory would cost more than the computation. They
         # belong to one call at a time; a second thread takes its own.
         shape = tuple(images.shape[:3])
+        if min(shape[1:]) < MIN_SIZE:
+            raise ValueError(f"images are {tuple(images.shape)}, expected at least {MIN_SIZE} pixels a side")
         try:
             kept_shape, maps = self.kept.pop()
         except IndexError:

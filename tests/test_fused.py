@@ -150,6 +150,12 @@ def test_what_is_no_batch_of_images_is_refused(shape):
         accelerate(network())(torch.zeros(shape, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+def test_an_image_that_is_too_small_is_refused(precision):
+    with pytest.raises(ValueError, match=r"31.*expected at least 32"):
+        accelerate(network(), precision=precision)(images_of(1, 64, 31))
+
+
 def test_a_precision_that_is_none_is_refused():
     with pytest.raises(ValueError, match=r"precision is torch.int8, expected float32, bfloat16, float16 or None"):
         accelerate(network(), precision=torch.int8)
