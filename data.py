@@ -10,9 +10,16 @@ This file needs torch, numpy and pillow, and may be copied into another project 
 from __future__ import annotations
 
 import colorsys
+import contextlib
 import json
+import mmap
+import os
+import tempfile
+import weakref
 import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -235,6 +242,11 @@ def read_image(path: str | Path) -> Image.Image:
     return image.convert("RGB")
 
 
+def read_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of an image, without decoding it. Raises DataError where it is no image."""
+    return _decode(path, pixels=False).size
+
+
 def read_label(path: str | Path, table: bytes) -> Image.Image:
     """A label map of train ids (mode "L"). Raises DataError where a value is outside the table."""
     label = _decode(path)
@@ -251,10 +263,13 @@ def read_label(path: str | Path, table: bytes) -> Image.Image:
     return label.point(table)
 
 
-def _decode(path: str | Path) -> Image.Image:
+def _decode(path: str | Path, pixels: bool = True) -> Image.Image:
     try:
         image = Image.open(path)
-        image.load()
+        if pixels:
+            image.load()
+        else:
+            image.close()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError) as error:
@@ -267,7 +282,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
     `dataset[index]` is a whole image and its label; `dataset[epoch, position, index]`, the keys that TrainBatches deals
     out, an augmented crop that depends on nothing but this key and the augmentation's seed: neither on the number of
-    processes and workers nor on what was read before.
+    processes and workers nor on what was read before, nor on whether it is cached.
 
     Both give ((H, W, 3) uint8 RGB, (H, W) uint8 train ids).
     """
@@ -277,26 +292,38 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.classes = classes
         self.table = table
         self.augmentation = augmentation
+        self.cache: RamCache | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         if isinstance(key, int):
-            image, label = self.read(key)
+            image, label = self.cache[key] if self.cache else self.read(key)
         else:
             epoch, position, index = key
-            image, label = self.augmentation(*self.read(index), (epoch, position))
+            if self.cache:
+                image, label = self.cache[index]
+                crop = self.augmentation.draw(label.shape, (epoch, position))
+                rows, columns = crop.region()
+                parts = Image.fromarray(image[rows, columns]), Image.fromarray(label[rows, columns])
+                image, label = crop.of(*parts, origin=(rows.start, columns.start))
+            else:
+                image, label = self.augmentation(*self.read(index), (epoch, position))
         return torch.from_numpy(np.array(image)), torch.from_numpy(np.array(label))
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """A whole RGB image and its label map of train ids."""
+        """A whole RGB image and its label map of train ids, from their files."""
         sample = self.samples[index]
         image, label = read_image(sample.image), read_label(sample.label, self.table)
         if image.size != label.size:
             sizes = f"{label.width}x{label.height} pixels, its image {sample.image} {image.width}x{image.height}"
             raise DataError(f"{sample.label}: {sizes}; give both the same size")
         return image, label
+
+    def sizes(self) -> np.ndarray:
+        """Height and width of every image, (number, 2) int64, from the heads of their files."""
+        return np.array([read_size(sample.image)[::-1] for sample in self.samples], np.int64).reshape(-1, 2)
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -306,7 +333,7 @@ def normalise(images: Tensor) -> Tensor:
     return ((images - mean) / std).permute(0, 3, 1, 2)
 
 
-# ------------------------------------------------------------------------------------------------- augmentation and order
+# ----------------------------------------------------------------------------------------------------------- augmentation
 
 
 @dataclass(frozen=True)
@@ -331,51 +358,329 @@ class Augmentation:
 
     def __call__(self, image: Image.Image, label: Image.Image, key: Sequence[int]) -> tuple[Image.Image, Image.Image]:
         """The crop of an RGB image and of its label map that belongs to `key` (epoch, position in the epoch)."""
-        rng = np.random.default_rng((self.seed, *key))
-        image, label = self._resized_crop(image, label, rng)
-        if self.flip and rng.random() < 0.5:
-            image, label = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), label.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.brightness or self.channel_noise:
-            image = self._recolour(image, rng)
-        return image, label
+        return self.draw((image.height, image.width), key).of(image, label)
 
-    def _resized_crop(self, image: Image.Image, label: Image.Image, rng: np.random.Generator):
-        crop_h, crop_w = self.crop_hw
+    def draw(self, image_hw: tuple[int, int], key: Sequence[int]) -> Crop:
+        """The random numbers that belong to `key` (epoch, position in the epoch), for an image of this size."""
+        rng = np.random.default_rng((self.seed, *key))
         scale = rng.uniform(*self.scale_range)
-        scaled_h, scaled_w = max(1, round(image.height * scale)), max(1, round(image.width * scale))
+        scaled_hw = tuple(max(1, round(size * scale)) for size in image_hw)
         # Where the crop starts in the resized image. A negative start is padding: the smaller image then lies anywhere
         # in the crop, which is the translation of the paper.
-        top = int(rng.integers(min(0, scaled_h - crop_h), max(0, scaled_h - crop_h), endpoint=True))
-        left = int(rng.integers(min(0, scaled_w - crop_w), max(0, scaled_w - crop_w), endpoint=True))
-        y0, y1 = max(top, 0), min(top + crop_h, scaled_h)
-        x0, x1 = max(left, 0), min(left + crop_w, scaled_w)
+        top, left = (
+            int(rng.integers(min(0, scaled - crop), max(0, scaled - crop), endpoint=True))
+            for scaled, crop in zip(scaled_hw, self.crop_hw)
+        )
+        flip = bool(self.flip and rng.random() < 0.5)
+        gains = (1.0, 1.0, 1.0)
+        if self.brightness or self.channel_noise:
+            gain = rng.uniform(1 - self.brightness, 1 + self.brightness)
+            gains = tuple(gain * rng.uniform(1 - self.channel_noise, 1 + self.channel_noise, size=3))
+        return Crop(self.crop_hw, tuple(image_hw), scaled_hw, (top, left), flip, gains)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """What is cut out of one image, and how.
+
+    Attributes:
+        crop_hw: height and width of the crop in pixels.
+        image_hw: of the image.
+        scaled_hw: of the resized image.
+        start: row and column of the resized image where the crop begins; negative: padding comes first.
+        flip: mirrored.
+        gains: factors of the colour channels.
+    """
+
+    crop_hw: tuple[int, int]
+    image_hw: tuple[int, int]
+    scaled_hw: tuple[int, int]
+    start: tuple[int, int]
+    flip: bool
+    gains: tuple[float, float, float]
+
+    def _inside(self) -> list[tuple[int, int]]:
+        """Rows and columns of the resized image that lie in the crop, half-open."""
+        return [(max(a, 0), min(a + crop, size)) for a, crop, size in zip(self.start, self.crop_hw, self.scaled_hw)]
+
+    def _box(self) -> list[tuple[float, float]]:
+        """The same in pixels of the image."""
+        factors = [size / scaled for size, scaled in zip(self.image_hw, self.scaled_hw)]
+        return [(a * f, min(b * f, size)) for (a, b), f, size in zip(self._inside(), factors, self.image_hw)]
+
+    def region(self) -> tuple[slice, slice]:
+        """Rows and columns of the image on which the crop depends."""
+        slices = []
+        for (a, b), size, scaled in zip(self._box(), self.image_hw, self.scaled_hw):
+            reach = max(1, size / scaled) + 1  # of the resizing filter
+            slices.append(slice(max(0, int(a - reach)), min(size, int(b + reach) + 1)))
+        return tuple(slices)
+
+    def of(self, image: Image.Image, label: Image.Image, origin: tuple[int, int] = (0, 0)) -> tuple[Image.Image, Image.Image]:
+        """The crop of an RGB image and of its label map, or of their `region`, which begins at row and column `origin`."""
+        (y0, y1), (x0, x1) = self._inside()
         # Resizing this box alone gives the same pixels as resizing the whole image and cropping, at a tenth of the cost.
-        fy, fx = image.height / scaled_h, image.width / scaled_w
-        box = (x0 * fx, y0 * fy, min(x1 * fx, image.width), min(y1 * fy, image.height))
+        (top, bottom), (left, right) = self._box()
+        box = (left - origin[1], top - origin[0], right - origin[1], bottom - origin[0])
         image = image.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box)
         label = label.resize((x1 - x0, y1 - y0), Image.Resampling.NEAREST, box)
-        if image.size == (crop_w, crop_h):
-            return image, label
-        padded_image, padded_label = Image.new("RGB", (crop_w, crop_h), PADDING_RGB), Image.new("L", (crop_w, crop_h), IGNORE)
-        padded_image.paste(image, (x0 - left, y0 - top))
-        padded_label.paste(label, (x0 - left, y0 - top))
-        return padded_image, padded_label
+        size = self.crop_hw[::-1]
+        if image.size != size:
+            whole_image, whole_label = Image.new("RGB", size, PADDING_RGB), Image.new("L", size, IGNORE)
+            whole_image.paste(image, (x0 - self.start[1], y0 - self.start[0]))
+            whole_label.paste(label, (x0 - self.start[1], y0 - self.start[0]))
+            image, label = whole_image, whole_label
+        if self.flip:
+            image, label = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), label.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.gains != (1.0, 1.0, 1.0):
+            gains = np.array(self.gains)[:, None]
+            lookup = np.clip(np.arange(256) * gains + 0.5, 0, 255).astype(np.uint8)  # (3, 256), one table per channel
+            image = image.point(lookup.ravel().tolist())
+        return image, label
 
-    def _recolour(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        gain = rng.uniform(1 - self.brightness, 1 + self.brightness)
-        gains = gain * rng.uniform(1 - self.channel_noise, 1 + self.channel_noise, size=(3, 1))
-        lookup = np.clip(np.arange(256) * gains + 0.5, 0, 255).astype(np.uint8)  # (3, 256), one table per channel
-        return image.point(lookup.ravel().tolist())
+
+# ----------------------------------------------------------------------------------------------------------------- caches
+
+
+def free_memory() -> int:
+    """Bytes of main memory that this process may still take: what the system has, or what its container allows."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 2**63
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such container, or "max"
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return max(free, 0)
+
+
+def cache_bytes(dataset: SegmentationDataset) -> int:
+    """What a dataset takes decoded: four bytes a pixel."""
+    return int(4 * dataset.sizes().prod(axis=1).sum())
+
+
+def _decoded(dataset: SegmentationDataset, threads: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(index, image, label map) of all samples, decoded in threads, a few ahead. Raises the first DataError."""
+
+    def read(index: int) -> tuple[int, np.ndarray, np.ndarray]:
+        image, label = dataset.read(index)
+        return index, np.asarray(image), np.asarray(label)
+
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        waiting: deque[Future] = deque()
+        try:
+            for index in range(len(dataset)):
+                waiting.append(pool.submit(read, index))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+class SharedBytes:
+    """Memory that all processes of this machine can see, once for all of them, and that is gone with the last of them.
+
+    On Linux it is no file and needs no room in /dev/shm; elsewhere it is a temporary file. Pickled, it opens the same memory
+    in the process that reads the pickle, as long as the one that made it lives.
+    """
+
+    def __init__(self, size: int):
+        if hasattr(os, "memfd_create"):
+            descriptor = os.memfd_create("fast-scnn-cache")
+            self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
+            weakref.finalize(self, os.close, descriptor)
+        else:
+            descriptor, self.path = tempfile.mkstemp(prefix="fast-scnn-cache-")
+            os.close(descriptor)
+            weakref.finalize(self, os.unlink, self.path)
+        os.truncate(self.path, size)
+        self.array = self._mapped()
+
+    def _mapped(self) -> np.ndarray:
+        with open(self.path, "r+b") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
+
+    def __getstate__(self) -> str:
+        return self.path
+
+    def __setstate__(self, path: str) -> None:
+        self.path = path
+        self.array = self._mapped()
+
+
+class RamCache:
+    """A dataset's decoded images and label maps in memory that all processes and workers of this machine share.
+
+    `cache[index]` gives views, (H, W, 3) uint8 RGB and (H, W) uint8 train ids. Pickled, it is the same memory.
+
+    Args:
+        dataset: what to decode, all of it, now.
+        threads: how many images are decoded at once.
+
+    Raises:
+        DataError: too little memory, said before anything is decoded; a file that cannot be read or whose size is not
+            what its head says. Nothing is left behind.
+    """
+
+    def __init__(self, dataset: SegmentationDataset, threads: int = 4):
+        self.sizes = dataset.sizes()
+        self.ends = np.cumsum(4 * self.sizes.prod(axis=1))
+        needed, free = int(self.ends[-1]), free_memory()
+        if needed > free:
+            raise DataError(
+                f"the cache of {len(dataset)} images takes {_gib(needed)} of memory, of which {_gib(free)} are free; "
+                "train without a cache, or on a part of the data"
+            )
+        self.memory = SharedBytes(needed)
+        for index, image, label in _decoded(dataset, threads):
+            if label.shape != tuple(self.sizes[index]):
+                raise DataError(f"{dataset.samples[index].image}: has other sizes than its head says; replace the file")
+            for view, pixels in zip(self[index], (image, label)):
+                view[:] = pixels
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        h, w = self.sizes[index]
+        end = self.ends[index]
+        label = self.memory.array[end - h * w : end].reshape(h, w)
+        return self.memory.array[end - 4 * h * w : end - h * w].reshape(h, w, 3), label
+
+
+class DeviceCache:
+    """A dataset's decoded images and label maps in a device's memory, and its augmentation there, a batch at a time.
+
+    The random numbers are those that SegmentationDataset draws for the same keys; the pixels differ by rounding, at most 1 of
+    255 before the colours change. Resizing is two matrix products with the weights of an antialiased bilinear filter, as
+    Pillow's.
+
+    Args:
+        dataset: what to decode, with an augmentation.
+        device: where to.
+        indices: which samples; None for all.
+        threads: how many images are decoded at once.
+
+    Raises:
+        DataError: a file that cannot be read.
+    """
+
+    def __init__(
+        self, dataset: SegmentationDataset, device: torch.device, indices: Sequence[int] | None = None, threads: int = 4
+    ):
+        indices = range(len(dataset)) if indices is None else indices
+        self.place = {index: at for at, index in enumerate(indices)}
+        self.augmentation, self.device = dataset.augmentation, device
+        part = SegmentationDataset([dataset.samples[i] for i in indices], dataset.classes, dataset.table)
+        self.sizes = part.sizes()
+        # Planes of colour and, of images of one size, one tensor for all.
+        uniform = (self.sizes == self.sizes[0]).all()
+        h, w = self.sizes[0]
+        self.images = torch.empty((len(part), 3, h, w), dtype=torch.uint8, device=device) if uniform else [None] * len(part)
+        self.labels = torch.empty((len(part), h, w), dtype=torch.uint8, device=device) if uniform else [None] * len(part)
+        for at, image, label in _decoded(part, threads):
+            if label.shape != tuple(self.sizes[at]):
+                raise DataError(f"{part.samples[at].image}: has other sizes than its head says; replace the file")
+            self.images[at] = torch.from_numpy(image.copy()).to(device).permute(2, 0, 1).contiguous()
+            self.labels[at] = torch.from_numpy(label.copy()).to(device)
+
+    def batch(self, keys: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+        """The crops of (epoch, position, index) keys: (N, h, w, 3) uint8 RGB and (N, h, w) uint8 train ids on the device."""
+        at = [self.place[index] for _, _, index in keys]
+        crops = [self.augmentation.draw(tuple(self.sizes[i]), key[:2]) for i, key in zip(at, keys)]
+        images, labels = self._gathered(at)
+        # Small arrays, in one copy: for both axes the centres of the crop's pixels in pixels of the image, NaN outside it.
+        axes = [np.stack([_centres(crop, axis) for crop in crops]) for axis in (0, 1)]
+        rest = [
+            [*crop.image_hw, *(max(1, s / t) for s, t in zip(crop.image_hw, crop.scaled_hw)), *crop.gains] for crop in crops
+        ]
+        host = torch.from_numpy(np.concatenate([*axes, np.array(rest)], axis=1).astype(np.float32))
+        if self.device.type != "cpu":
+            host = host.pin_memory()
+        crop_h, crop_w = self.augmentation.crop_hw
+        rows, columns, rest = host.to(self.device, non_blocking=True).split([crop_h, crop_w, 7], dim=1)
+        height, width, reach_y, reach_x, *gains = rest.unbind(1)
+
+        inside = ~(rows.isnan()[:, :, None] | columns.isnan()[:, None, :])  # (N, h, w)
+        y, x = (c.nan_to_num().long().clamp(max=size - 1) for c, size in ((rows, labels.shape[1]), (columns, labels.shape[2])))
+        picked = torch.arange(len(keys), device=self.device)[:, None, None]
+        label = labels[picked, y[:, :, None], x[:, None, :]].where(inside, IGNORE)
+
+        precision = torch.float16 if self.device.type == "cuda" else torch.float32
+        down = _resize_weights(rows, images.shape[2], height, reach_y).to(precision)  # (N, h, H)
+        across = _resize_weights(columns, images.shape[3], width, reach_x).to(precision)  # (N, w, W)
+        resized = down[:, None] @ images.to(precision) @ across[:, None].mT  # (N, 3, h, w)
+        padding = torch.tensor(PADDING_RGB, device=self.device, dtype=torch.float32)
+        image = resized.permute(0, 2, 3, 1).float().round_().where(inside[..., None], padding)  # (N, h, w, 3)
+        gains = torch.stack(gains, dim=1)[:, None, None]
+        return (image * gains + 0.5).clamp_(0, 255).to(torch.uint8), label
+
+    def _gathered(self, at: list[int]) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, W) images and (N, H, W) label maps; smaller ones of a mixed batch are padded to the largest."""
+        if isinstance(self.images, Tensor):
+            index = torch.tensor(at)
+            if self.device.type != "cpu":
+                index = index.pin_memory().to(self.device, non_blocking=True)
+            return self.images[index], self.labels[index]
+        h, w = self.sizes[at].max(axis=0)
+        images = torch.zeros((len(at), 3, h, w), dtype=torch.uint8, device=self.device)
+        labels = torch.zeros((len(at), h, w), dtype=torch.uint8, device=self.device)
+        for n, i in enumerate(at):
+            height, width = self.sizes[i]
+            images[n, :, :height, :width] = self.images[i]
+            labels[n, :height, :width] = self.labels[i]
+        return images, labels
+
+
+def _centres(crop: Crop, axis: int) -> np.ndarray:
+    """Where the centre of each row (axis 0) or column of the crop lies in its image, in pixels, NaN outside of it."""
+    at = np.arange(crop.crop_hw[axis])
+    if axis == 1 and crop.flip:
+        at = at[::-1]
+    at = at + crop.start[axis]
+    centres = (at + 0.5) * (crop.image_hw[axis] / crop.scaled_hw[axis])
+    return np.where((at >= 0) & (at < crop.scaled_hw[axis]), centres, np.nan)
+
+
+def _resize_weights(centres: Tensor, size: int, valid: Tensor, reach: Tensor) -> Tensor:
+    """(N, out, size) weights of an antialiased bilinear filter around (N, out) centres.
+
+    valid, reach: (N,) pixels that there are, and the filter's reach in pixels. Rows of NaN centres are 0.
+    """
+    position = torch.arange(size, device=centres.device) + 0.5
+    weights = (1 - (position - centres[..., None]).abs() / reach[:, None, None]).clamp_(min=0)
+    weights = weights * (position < valid[:, None, None])
+    return (weights / weights.sum(-1, keepdim=True)).nan_to_num_()
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+# ------------------------------------------------------------------------------------------------------------------ order
 
 
 class TrainBatches(torch.utils.data.Sampler):
     """This process' share of every global batch, as lists of (epoch, position, index) keys for SegmentationDataset.
 
     The global batches are the same for any number of processes. A dataset that does not divide by the batch leaves some
-    images out of an epoch, others in each; one that is smaller than a batch is repeated to fill it.
+    images out of an epoch, others in each; one that is smaller than a batch is repeated to fill it. With `sharded` process r
+    deals out the images r, r + world_size, ... alone, and the batches differ with the number of processes.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        sharded: bool = False,
+    ):
         """`batch_size` counts the images of all processes together.
 
         Raises:
@@ -387,6 +692,7 @@ class TrainBatches(torch.utils.data.Sampler):
             raise ValueError("no samples")
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.share = rank, batch_size // world_size
+        self.own = np.arange(rank, num_samples, world_size) if sharded else None
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -397,9 +703,16 @@ class TrainBatches(torch.utils.data.Sampler):
         return max(1, self.num_samples // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        rounds = -(-len(self) * self.batch_size // self.num_samples)
-        order = np.concatenate([rng.permutation(self.num_samples) for _ in range(rounds)])
+        if self.own is None:
+            order = self._shuffled(np.arange(self.num_samples), self.batch_size, (self.seed, self.epoch))
+        else:
+            order = self._shuffled(self.own, self.share, (self.seed, self.epoch, self.rank))
         for batch in range(len(self)):
             start = batch * self.batch_size + self.rank * self.share
-            yield [(self.epoch, position, int(order[position])) for position in range(start, start + self.share)]
+            first = start if self.own is None else batch * self.share  # of this batch in `order`
+            yield [(self.epoch, start + i, int(order[first + i])) for i in range(self.share)]
+
+    def _shuffled(self, indices: np.ndarray, batch: int, seed: tuple[int, ...]) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        rounds = -(-len(self) * batch // len(indices))
+        return np.concatenate([rng.permutation(indices) for _ in range(rounds)])

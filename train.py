@@ -17,13 +17,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import itertools
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -33,7 +35,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data import IGNORE, MEAN, STD, Augmentation, Classes, SegmentationDataset, TrainBatches, normalise, open_dataset
+from data import (
+    IGNORE,
+    MEAN,
+    STD,
+    Augmentation,
+    Classes,
+    DeviceCache,
+    RamCache,
+    SegmentationDataset,
+    TrainBatches,
+    cache_bytes,
+    free_memory,
+    normalise,
+    open_dataset,
+)
 from eval import AMP_DTYPES, OneLineParser, UsageError, evaluate, exit_status, metrics, start_processes
 from model import VARIANTS, CheckpointError, FastSCNN, read_checkpoint
 from ops_ext import accelerate, implementations, upsample_cross_entropy
@@ -61,6 +77,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="resize, flip and recolour at random; without, only the position of a crop within the image is random")
     add("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
         help="decoding processes per training process; 0 decodes between steps (default: %(default)s)")
+    add("--cache", choices=("none", "ram", "device"), default="none",
+        help="keep all images decoded, 4 bytes a pixel: in memory that the processes of a machine share, or on the device, "
+        "which then augments them too and needs no workers (default: %(default)s)")
 
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=int, default=1000, metavar="N", help="passes over the data (default: %(default)s)")
@@ -86,6 +105,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="mixed precision; auto takes bf16 where the hardware has it, else fp16 on accelerators")
     add("--loss-scale", default="dynamic", metavar="{dynamic,128,...}",
         help="for fp16: adapted to the gradients, or a fixed number (default: %(default)s)")
+    add("--benchmark", type=int, metavar="N",
+        help="train nothing: time N steps of the loader alone, of the training alone and of both, and write nothing")
 
     add = parser.add_argument_group("output").add_argument
     add("--out", default="runs", metavar="DIR",
@@ -110,6 +131,8 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
         for name in names:
             if getattr(args, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
+    if args.benchmark is not None and args.benchmark < 1:
+        raise UsageError(f"--benchmark is {args.benchmark}, expected at least 1 step")
     if args.dropout >= 1:
         raise UsageError(f"--dropout is {args.dropout}, expected less than 1")
     if min(args.crop_size) < 32:
@@ -173,9 +196,11 @@ def choose_amp(name: str, device: torch.device) -> str:
 class Log:
     """Lines for people on stdout and in train.log, records for programs in metrics.jsonl; rank 0 alone writes."""
 
-    def __init__(self, folder: Path, rank: int):
+    def __init__(self, folder: Path | None, rank: int):
+        """`folder` None: lines on stdout alone."""
         self.rank = rank
-        if rank == 0:
+        self.text = self.records = None
+        if rank == 0 and folder:
             folder.mkdir(parents=True, exist_ok=True)
             self.text = open(folder / "train.log", "a", encoding="utf-8")
             self.records = open(folder / "metrics.jsonl", "a", encoding="utf-8")
@@ -184,18 +209,19 @@ class Log:
         """One line for people."""
         if self.rank == 0:
             print(text, flush=True)
+        if self.text:
             print(text, file=self.text, flush=True)
 
     def record(self, **fields) -> None:
         """One JSON object for programs."""
-        if self.rank == 0:
+        if self.records:
             print(json.dumps(fields), file=self.records, flush=True)
 
     def close(self) -> None:
         """Closes the files."""
-        if self.rank == 0:
-            self.text.close()
-            self.records.close()
+        for file in (self.text, self.records):
+            if file:
+                file.close()
 
 
 class Progress:
@@ -240,39 +266,65 @@ class Run:
         return AMP_DTYPES[self.args.amp]
 
 
+def train_step(run: Run, images: Tensor, target: Tensor, mark: Callable[[str], None] = lambda phase: None) -> Tensor:
+    """One step of the optimiser; nothing in it makes the host wait for the device.
+
+    Args:
+        run: what is trained.
+        images: (N, H, W, 3) uint8 RGB, this process' share of the batch.
+        target: (N, H, W) uint8 train ids.
+        mark: called with the name of each phase after it.
+
+    Returns:
+        This process' part of the mean loss over the labelled pixels of all processes, on the device.
+    """
+    device = run.device
+    images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
+    mark("copy to the device")
+    # The mean is over the labelled pixels of all processes, whose gradients DDP averages: however many processes
+    # share the batch, the loss is that of one.
+    labelled = (target != IGNORE).sum()
+    if run.world_size > 1:
+        dist.all_reduce(labelled)
+    with torch.autocast(device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
+        outputs = run.wrapped(normalise(images), upsample=False)
+    mark("forward")
+    loss = loss_sum(outputs, target) / labelled.clamp(min=1)
+    mark("loss")
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss * run.world_size).backward()
+    mark("backward")
+    run.scaler.step(run.optimizer)
+    run.scaler.update(None if run.args.loss_scale == "dynamic" else float(run.args.loss_scale))
+    mark("optimiser")
+    return loss.detach()
+
+
+def set_training_mode(run: Run) -> None:
+    """Training mode, with batch normalisation's statistics as --freeze-bn has them."""
+    run.wrapped.train()
+    if run.args.freeze_bn:
+        for module in run.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
 def train_one_epoch(run: Run, loader: Iterable[tuple[Tensor, Tensor]], epoch: int, progress: Progress) -> None:
     """One pass over the loader; epochs count from 1.
 
     Raises:
         UsageError: the loss is no finite number; found at the next log line, and before any checkpoint.
     """
-    args, device = run.args, run.device
-    run.wrapped.train()
-    if args.freeze_bn:
-        for module in run.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+    args = run.args
+    set_training_mode(run)
     total_steps = args.epochs * len(loader)
     step, last_step = (epoch - 1) * len(loader), epoch * len(loader)
-    loss_total, steps_in_total = torch.zeros((), device=device), 0  # on the device: no step waits for the host
+    loss_total, steps_in_total = torch.zeros((), device=run.device), 0  # on the device: no step waits for the host
     for images, target in loader:
         lr = learning_rate(step, total_steps, args.lr, args.warmup_steps)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
-        # The mean is over the labelled pixels of all processes, whose gradients DDP averages: however many processes
-        # share the batch, the loss is that of one.
-        labelled = (target != IGNORE).sum()
-        if run.world_size > 1:
-            dist.all_reduce(labelled)
-        with torch.autocast(device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
-            outputs = run.wrapped(normalise(images), upsample=False)
-        loss = loss_sum(outputs, target) / labelled.clamp(min=1)
-        run.optimizer.zero_grad(set_to_none=True)
-        run.scaler.scale(loss * run.world_size).backward()
-        run.scaler.step(run.optimizer)
-        run.scaler.update(None if args.loss_scale == "dynamic" else float(args.loss_scale))
-        loss_total += loss.detach()
+        loss_total += train_step(run, images, target)
         step, steps_in_total = step + 1, steps_in_total + 1
 
         if step % args.log_every == 0 or step == last_step:
@@ -314,6 +366,192 @@ def validate(run: Run, dataset: SegmentationDataset) -> dict:
     result = metrics(confusion, dataset.classes)
     if result["miou"] is None:
         raise UsageError(f"no pixel of split {run.args.val_split} has a label; check the label maps below {run.args.data}")
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------- loader, benchmark
+
+
+class DeviceLoader:
+    """Batches out of a DeviceCache, in the order of a sampler."""
+
+    def __init__(self, cache: DeviceCache, batches: TrainBatches):
+        self.cache, self.batches = cache, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return map(self.cache.batch, self.batches)
+
+
+class Loader(torch.utils.data.DataLoader):
+    """PyTorch's, with an error for users where a worker dies."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UsageError(
+                "a decoding process was killed, mostly for lack of memory; give fewer --workers, or a smaller batch"
+            ) from None
+
+
+def open_loader(
+    run: Run, train_set: SegmentationDataset, val_set: SegmentationDataset
+) -> tuple[Loader | DeviceLoader, TrainBatches]:
+    """The batches of this process, out of the cache that --cache asks for.
+
+    Raises:
+        DataError, UsageError: a cache that does not fit, before anything is decoded; too little room in /dev/shm.
+    """
+    args, device, world_size = run.args, run.device, run.world_size
+    sharding = {"seed": args.seed, "rank": run.rank, "world_size": world_size}
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    start = time.perf_counter()
+    if args.cache == "device":
+        needed, room = cache_bytes(train_set), device_room(device)
+        if world_size > 1:  # what the smallest device has; all processes have to come to the same answer
+            smallest = torch.tensor(room, device=device)
+            dist.all_reduce(smallest, dist.ReduceOp.MIN)
+            room = int(smallest)
+        sharded = needed > room
+        if needed > room * world_size:
+            raise UsageError(
+                f"--cache device needs {needed / 2**30:.2f} GiB, and {world_size} x {room / 2**30:.2f} GiB of the devices are "
+                "free for it; take --cache ram, or more processes"
+            )
+        indices = range(run.rank, len(train_set), world_size) if sharded else None
+        if sharded and len(train_set) < world_size:
+            raise UsageError(f"--cache device: {len(train_set)} images cannot be shared out to {world_size} processes")
+        cache = DeviceCache(train_set, device, indices, threads)
+        batches = TrainBatches(len(train_set), args.batch_size, **sharding, sharded=sharded)
+        loader = DeviceLoader(cache, batches)
+        share = f"each process its 1/{world_size} and batches out of it" if sharded else "each process all"
+        what = f"{len(train_set)} images, {needed / 2**30:.2f} GiB on the device, {share}"
+    else:
+        batches = TrainBatches(len(train_set), args.batch_size, **sharding)
+        if args.cache == "ram":
+            sets, total = [train_set], cache_bytes(train_set)
+            if total + cache_bytes(val_set) < 0.8 * free_memory():
+                sets, total = [train_set, val_set], total + cache_bytes(val_set)
+            share_ram_caches(sets, threads)
+            what = f"{sum(map(len, sets))} images, {total / 2**30:.2f} GiB"
+            what += ", shared by all processes" if len(sets) == 2 else ", of training alone, shared by all processes"
+        check_shared_memory(args, args.batch_size // world_size)
+        loader = Loader(
+            train_set,
+            batch_sampler=batches,
+            num_workers=args.workers,
+            pin_memory=device.type != "cpu",
+            persistent_workers=args.workers > 0,
+            generator=torch.Generator(),  # else a process' first epoch draws one number more of those that dropout uses
+        )
+    if args.cache != "none":
+        run.log.line(f"cache {args.cache}: {what}, in {time.perf_counter() - start:.1f} s")
+    return loader, batches
+
+
+def device_room(device: torch.device) -> int:
+    """Bytes of a device's memory that a cache may take; the rest is left to the network."""
+    if device.type == "cpu":
+        return int(0.6 * free_memory()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(0.6 * torch.get_device_module(device).mem_get_info(device)[0])
+
+
+def share_ram_caches(datasets: Sequence[SegmentationDataset], threads: int) -> None:
+    """Gives datasets a cache, decoded by the first process of each machine and mapped by the others."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        for dataset in datasets:
+            dataset.cache = RamCache(dataset, threads)
+        return
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    machine, _ = dist.new_subgroups(group_size=local_size)
+    for dataset in datasets:
+        cache = [RamCache(dataset, threads * local_size) if local_rank == 0 else None]
+        dist.broadcast_object_list(cache, src=dist.get_rank() - local_rank, group=machine)
+        dataset.cache = cache[0]
+
+
+def check_shared_memory(args: argparse.Namespace, share: int) -> None:
+    """Raises UsageError where the workers' batches do not fit in /dev/shm, which would end them with a bus error."""
+    batch = 4 * share * args.crop_size[0] * args.crop_size[1]
+    needed = 3 * batch * args.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # two ahead per worker, one in use
+    with contextlib.suppress(FileNotFoundError):
+        free = shutil.disk_usage("/dev/shm").free
+        if needed > free:
+            raise UsageError(
+                f"{args.workers} workers need up to {needed / 2**20:.0f} MiB of /dev/shm, which has {free / 2**20:.0f} MiB; "
+                "enlarge it (docker run --shm-size), or give fewer --workers"
+            )
+
+
+class Clock:
+    """Time spent in the phases of a step, in seconds; each mark waits for the device."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, {}
+        self.start()
+
+    def start(self) -> None:
+        """Leaves out the time since the last mark."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        self.last = time.perf_counter()
+
+    def __call__(self, phase: str) -> None:
+        before = self.last
+        self.start()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + self.last - before
+
+
+def benchmark(run: Run, loader: Loader | DeviceLoader, batches: TrainBatches, steps: int) -> dict:
+    """Images per second of the loader alone, of the training alone and of both, over `steps` steps each; writes nothing."""
+    device, total = run.device, run.args.batch_size
+
+    def endless() -> Iterator[tuple[Tensor, Tensor]]:
+        for epoch in itertools.count(1):
+            batches.set_epoch(epoch)
+            yield from loader
+
+    def rate(start: float) -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return round(steps * total / (time.perf_counter() - start), 2)
+
+    warmup = 3
+    set_training_mode(run)
+    result = {"device": str(device), "processes": run.world_size, "precision": run.args.amp, "cache": run.args.cache}
+    result |= {"batch_size": total, "crop_size": run.args.crop_size, "steps": steps}
+    source = endless()
+    for _ in range(warmup + 2 * max(1, run.args.workers)):  # what the workers had made ahead does not count
+        images, target = next(source)
+    start = time.perf_counter()
+    for _ in range(steps):
+        next(source)
+    result["loader_images_per_s"] = rate(start)
+    for _ in range(warmup):
+        train_step(run, images, target)
+    start = time.perf_counter()
+    for _ in range(steps):
+        train_step(run, images, target)
+    result["step_images_per_s"] = rate(start)
+    clock = Clock(device)
+    for _ in range(steps):
+        clock.start()
+        train_step(run, images, target, clock)
+    result["step_ms"] = {phase: round(1000 * seconds / steps, 3) for phase, seconds in clock.seconds.items()}
+    start = time.perf_counter()
+    for _ in range(steps):
+        train_step(run, *next(source))
+    result["images_per_s"] = rate(start)
+    if device.type == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    else:
+        peak = torch.get_device_module(device).max_memory_allocated(device)
+    result["peak_memory_mib"] = round(peak / 2**20)
     return result
 
 
@@ -473,7 +711,7 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, -1)  # never
 
 
-def describe(run: Run, train_images: int, val_images: int, steps_per_epoch: int) -> None:
+def describe(run: Run, train_images: int, val_images: int) -> None:
     """The lines at the start of a log: everything that decides what this run will do."""
     args, world_size = run.args, run.world_size
     share = args.batch_size // world_size
@@ -484,7 +722,7 @@ def describe(run: Run, train_images: int, val_images: int, steps_per_epoch: int)
         f"batch {args.batch_size} = {share} x {world_size}  "
         f"learning rate {args.base_lr} x {args.batch_size} / {PAPER_BATCH} = {args.lr:.5f}"
     )
-    run.log.line(f"{train_images} images to train, {val_images} to validate  {steps_per_epoch} steps x {args.epochs} epochs")
+    run.log.line(f"{train_images} images to train, {val_images} to validate")
     run.log.line(f"ops {' '.join(f'{op}={which}' for op, which in implementations(run.device).items())}")
     if world_size > 1 and not run.syncs_bn:
         why = "PyTorch has no SyncBatchNorm on the CPU" if args.sync_bn else "--no-sync-bn"
@@ -525,20 +763,11 @@ def main(argv: list[str] | None = None) -> None:
                 "one image per process leaves batch normalisation of the pyramid's 1x1 bin a single value; give "
                 f"--batch-size {2 * world_size} or more"
             )
-        notes = prepare_output(out, resumed) if rank == 0 else []
-        log = Log(out / "logs", rank)
+        notes = prepare_output(out, resumed) if rank == 0 and not args.benchmark else []
+        log = Log(None if args.benchmark else out / "logs", rank)
         for note in notes:
             log.line(note)
 
-        batches = TrainBatches(len(train_set), args.batch_size, seed=args.seed, rank=rank, world_size=world_size)
-        loader = torch.utils.data.DataLoader(
-            train_set,
-            batch_sampler=batches,
-            num_workers=args.workers,
-            pin_memory=device.type != "cpu",
-            persistent_workers=args.workers > 0,
-            generator=torch.Generator(),  # else a process' first epoch draws one number more of those that dropout uses
-        )
         model.to(device, memory_format=torch.channels_last)
         if syncs_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # before the DDP wrap
@@ -569,7 +798,14 @@ def main(argv: list[str] | None = None) -> None:
             device_ids = None if device.type == "cpu" else [device.index]
             wrapped = nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
         run = Run(args, model, wrapped, optimizer, scaler, device, rank, world_size, syncs_bn, log)
-        describe(run, len(train_set), len(val_set), len(batches))
+        describe(run, len(train_set), len(val_set))
+        loader, batches = open_loader(run, train_set, val_set)
+        if args.benchmark:
+            result = benchmark(run, loader, batches, args.benchmark)
+            if rank == 0:
+                print(json.dumps(result))
+            return
+        log.line(f"{len(batches)} steps x {args.epochs} epochs")
 
         if resumed and not checkpoint["validated"]:
             best_miou = finish_epoch(run, val_set, checkpoint["epoch"], checkpoint["args"]["epochs"], best_miou)
