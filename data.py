@@ -239,7 +239,7 @@ def read_image(path: str | Path) -> Image.Image:
     image = _decode(path)
     if image.mode.startswith(("I", "F")):  # convert() would clip nearly all of it to white
         raise DataError(f"{path}: image of mode {image.mode}, expected 8 bits per channel; convert it")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
@@ -254,13 +254,14 @@ def read_label(path: str | Path, table: bytes) -> Image.Image:
         label = Image.frombytes("L", label.size, label.tobytes())
     if label.mode != "L":
         raise DataError(f"{path}: label map of mode {label.mode}, expected one channel of 8 bits with a class id per pixel")
-    stray = [value for value, count in enumerate(label.histogram()) if count and table[value] == UNKNOWN]
-    if stray:
+    train_ids = label.point(table)
+    if (np.asarray(train_ids) == UNKNOWN).any():
+        stray = [value for value, count in enumerate(label.histogram()) if count and table[value] == UNKNOWN]
         values = ", ".join(map(str, stray[:5])) + (", ..." if len(stray) > 5 else "")
         raise DataError(
             f"{path}: label value {values} is outside the dataset's table; correct the file, or choose its --dataset"
         )
-    return label.point(table)
+    return train_ids
 
 
 def _decode(path: str | Path, pixels: bool = True) -> Image.Image:
@@ -465,21 +466,20 @@ def cache_bytes(dataset: SegmentationDataset) -> int:
 def _decoded(dataset: SegmentationDataset, threads: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(index, image, label map) of all samples, decoded in threads, a few ahead. Raises the first DataError."""
 
-    def read(index: int) -> tuple[int, np.ndarray, np.ndarray]:
+    def read(index: int) -> tuple[np.ndarray, np.ndarray]:
         image, label = dataset.read(index)
-        return index, np.asarray(image), np.asarray(label)
+        return np.array(image), np.array(label)
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        waiting: deque[Future] = deque()
+        waiting: deque[tuple[int, Future]] = deque()
         try:
             for index in range(len(dataset)):
-                waiting.append(pool.submit(read, index))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                waiting.append((index, pool.submit(read, index)))
+                while len(waiting) > (2 * threads if index < len(dataset) - 1 else 0):
+                    first, future = waiting.popleft()
+                    yield first, *future.result()
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
 
 
@@ -584,8 +584,8 @@ class DeviceCache:
         for at, image, label in _decoded(part, threads):
             if label.shape != tuple(self.sizes[at]):
                 raise DataError(f"{part.samples[at].image}: has other sizes than its head says; replace the file")
-            self.images[at] = torch.from_numpy(image.copy()).to(device).permute(2, 0, 1).contiguous()
-            self.labels[at] = torch.from_numpy(label.copy()).to(device)
+            self.images[at] = torch.from_numpy(image).to(device).permute(2, 0, 1).contiguous()
+            self.labels[at] = torch.from_numpy(label).to(device)
 
     def batch(self, keys: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
         """The crops of (epoch, position, index) keys: (N, h, w, 3) uint8 RGB and (N, h, w) uint8 train ids on the device."""
