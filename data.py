@@ -299,18 +299,15 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        if isinstance(key, int):
-            image, label = self.cache[key] if self.cache else self.read(key)
+        index = key if isinstance(key, int) else key[2]
+        if self.cache:
+            image, label = self.cache[index]
+            height, width = label.shape
         else:
-            epoch, position, index = key
-            if self.cache:
-                image, label = self.cache[index]
-                crop = self.augmentation.draw(label.shape, (epoch, position))
-                rows, columns = crop.region()
-                parts = Image.fromarray(image[rows, columns]), Image.fromarray(label[rows, columns])
-                image, label = crop.of(*parts, origin=(rows.start, columns.start))
-            else:
-                image, label = self.augmentation(*self.read(index), (epoch, position))
+            image, label = self.read(index)
+            width, height = label.size
+        if not isinstance(key, int):
+            image, label = self.augmentation.draw((height, width), key[:2]).of(image, label)
         return torch.from_numpy(np.array(image)), torch.from_numpy(np.array(label))
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
@@ -417,12 +414,19 @@ class Crop:
             slices.append(slice(max(0, int(a - reach)), min(size, int(b + reach) + 1)))
         return tuple(slices)
 
-    def of(self, image: Image.Image, label: Image.Image, origin: tuple[int, int] = (0, 0)) -> tuple[Image.Image, Image.Image]:
-        """The crop of an RGB image and of its label map, or of their `region`, which begins at row and column `origin`."""
+    def of(self, image: Image.Image | np.ndarray, label: Image.Image | np.ndarray) -> tuple[Image.Image, Image.Image]:
+        """The crop of an RGB image and of its label map, which may be arrays, (H, W, 3) and (H, W) uint8."""
+        rows, columns = self.region()
+        image, label = (
+            Image.fromarray(each[rows, columns])
+            if isinstance(each, np.ndarray)
+            else each.crop((columns.start, rows.start, columns.stop, rows.stop))
+            for each in (image, label)
+        )
         (y0, y1), (x0, x1) = self._inside()
         # Resizing this box alone gives the same pixels as resizing the whole image and cropping, at a tenth of the cost.
         (top, bottom), (left, right) = self._box()
-        box = (left - origin[1], top - origin[0], right - origin[1], bottom - origin[0])
+        box = (left - columns.start, top - rows.start, right - columns.start, bottom - rows.start)
         image = image.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box)
         label = label.resize((x1 - x0, y1 - y0), Image.Resampling.NEAREST, box)
         size = self.crop_hw[::-1]
@@ -456,6 +460,12 @@ def free_memory() -> int:
         with contextlib.suppress(OSError, ValueError):  # no such container, or "max"
             free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
     return max(free, 0)
+
+
+def size_text(size: float) -> str:
+    """A number of bytes for people, as in "1.5 GiB"."""
+    power = 1 + (size >= 2**20) + (size >= 2**30)
+    return f"{size / 1024**power:.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"
 
 
 def cache_bytes(dataset: SegmentationDataset) -> int:
@@ -534,7 +544,7 @@ class RamCache:
         needed, free = int(self.ends[-1]), free_memory()
         if needed > free:
             raise DataError(
-                f"the cache of {len(dataset)} images takes {_gib(needed)} of memory, of which {_gib(free)} are free; "
+                f"the cache of {len(dataset)} images takes {size_text(needed)} of memory, of which {size_text(free)} are free; "
                 "train without a cache, or on a part of the data"
             )
         self.memory = SharedBytes(needed)
@@ -654,10 +664,6 @@ def _resize_weights(centres: Tensor, size: int, valid: Tensor, reach: Tensor) ->
     weights = (1 - (position - centres[..., None]).abs() / reach[:, None, None]).clamp_(min=0)
     weights = weights * (position < valid[:, None, None])
     return (weights / weights.sum(-1, keepdim=True)).nan_to_num_()
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 # ------------------------------------------------------------------------------------------------------------------ order

@@ -49,6 +49,7 @@ from data import (
     free_memory,
     normalise,
     open_dataset,
+    size_text,
 )
 from eval import AMP_DTYPES, OneLineParser, UsageError, evaluate, exit_status, metrics, start_processes
 from model import VARIANTS, CheckpointError, FastSCNN, read_checkpoint
@@ -164,6 +165,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ids = {id(p) for p in decayed}
     others = [p for p in model.parameters() if id(p) not in ids]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
+    """SGD in one kernel where PyTorch has it for the device: with fp16 the plain one waits for the device at each step."""
+    groups = parameter_groups(model, args.weight_decay)
+    try:
+        return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
+    except RuntimeError:
+        return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum)
 
 
 def loss_sum(outputs: Tensor | tuple[Tensor, ...], target: Tensor) -> Tensor:
@@ -400,37 +410,38 @@ class Loader(torch.utils.data.DataLoader):
 
 
 def open_loader(
-    run: Run, train_set: SegmentationDataset, val_set: SegmentationDataset
-) -> tuple[Loader | DeviceLoader, TrainBatches]:
-    """The batches of this process, out of the cache that --cache asks for.
+    args: argparse.Namespace,
+    train_set: SegmentationDataset,
+    val_set: SegmentationDataset,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+) -> tuple[Loader | DeviceLoader, TrainBatches, list[str]]:
+    """The batches of this process, out of the cache that --cache asks for, and what to log of it.
 
     Raises:
         DataError, UsageError: a cache that does not fit, before anything is decoded; too little room in /dev/shm.
     """
-    args, device, world_size = run.args, run.device, run.world_size
-    sharding = {"seed": args.seed, "rank": run.rank, "world_size": world_size}
+    sharding = {"seed": args.seed, "rank": rank, "world_size": world_size}
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    start = time.perf_counter()
+    start, notes = time.perf_counter(), []
     if args.cache == "device":
         needed, room = cache_bytes(train_set), device_room(device)
         if world_size > 1:  # what the smallest device has; all processes have to come to the same answer
             smallest = torch.tensor(room, device=device)
             dist.all_reduce(smallest, dist.ReduceOp.MIN)
             room = int(smallest)
-        sharded = needed > room
-        if needed > room * world_size:
+        if needed > room * world_size or (needed > room and len(train_set) < world_size):
             raise UsageError(
-                f"--cache device needs {needed / 2**30:.2f} GiB, and {world_size} x {room / 2**30:.2f} GiB of the devices are "
+                f"--cache device needs {size_text(needed)}, and {world_size} x {size_text(room)} of the devices are "
                 "free for it; take --cache ram, or more processes"
             )
-        indices = range(run.rank, len(train_set), world_size) if sharded else None
-        if sharded and len(train_set) < world_size:
-            raise UsageError(f"--cache device: {len(train_set)} images cannot be shared out to {world_size} processes")
-        cache = DeviceCache(train_set, device, indices, threads)
+        sharded = needed > room
+        cache = DeviceCache(train_set, device, range(rank, len(train_set), world_size) if sharded else None, threads)
         batches = TrainBatches(len(train_set), args.batch_size, **sharding, sharded=sharded)
         loader = DeviceLoader(cache, batches)
-        share = f"each process its 1/{world_size} and batches out of it" if sharded else "each process all"
-        what = f"{len(train_set)} images, {needed / 2**30:.2f} GiB on the device, {share}"
+        whose = f"shared out to {world_size} processes, each with batches of its own part" if sharded else "on each device"
+        notes = [f"{len(train_set)} images, {size_text(needed)}, {whose}"]
     else:
         batches = TrainBatches(len(train_set), args.batch_size, **sharding)
         if args.cache == "ram":
@@ -438,8 +449,8 @@ def open_loader(
             if total + cache_bytes(val_set) < 0.8 * free_memory():
                 sets, total = [train_set, val_set], total + cache_bytes(val_set)
             share_ram_caches(sets, threads)
-            what = f"{sum(map(len, sets))} images, {total / 2**30:.2f} GiB"
-            what += ", shared by all processes" if len(sets) == 2 else ", of training alone, shared by all processes"
+            kinds = "to train and to validate" if len(sets) == 2 else "to train; too little memory for those to validate"
+            notes = [f"{sum(map(len, sets))} images {kinds}, {size_text(total)}, shared by all processes"]
         check_shared_memory(args, args.batch_size // world_size)
         loader = Loader(
             train_set,
@@ -449,9 +460,7 @@ def open_loader(
             persistent_workers=args.workers > 0,
             generator=torch.Generator(),  # else a process' first epoch draws one number more of those that dropout uses
         )
-    if args.cache != "none":
-        run.log.line(f"cache {args.cache}: {what}, in {time.perf_counter() - start:.1f} s")
-    return loader, batches
+    return loader, batches, [f"cache {args.cache}: {note}, in {time.perf_counter() - start:.1f} s" for note in notes]
 
 
 def device_room(device: torch.device) -> int:
@@ -483,7 +492,7 @@ def check_shared_memory(args: argparse.Namespace, share: int) -> None:
         free = shutil.disk_usage("/dev/shm").free
         if needed > free:
             raise UsageError(
-                f"{args.workers} workers need up to {needed / 2**20:.0f} MiB of /dev/shm, which has {free / 2**20:.0f} MiB; "
+                f"{args.workers} workers need up to {size_text(needed)} of /dev/shm, which has {size_text(free)}; "
                 "enlarge it (docker run --shm-size), or give fewer --workers"
             )
 
@@ -711,7 +720,7 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, -1)  # never
 
 
-def describe(run: Run, train_images: int, val_images: int) -> None:
+def describe(run: Run, train_images: int, val_images: int, steps_per_epoch: int) -> None:
     """The lines at the start of a log: everything that decides what this run will do."""
     args, world_size = run.args, run.world_size
     share = args.batch_size // world_size
@@ -722,7 +731,7 @@ def describe(run: Run, train_images: int, val_images: int) -> None:
         f"batch {args.batch_size} = {share} x {world_size}  "
         f"learning rate {args.base_lr} x {args.batch_size} / {PAPER_BATCH} = {args.lr:.5f}"
     )
-    run.log.line(f"{train_images} images to train, {val_images} to validate")
+    run.log.line(f"{train_images} images to train, {val_images} to validate  {steps_per_epoch} steps x {args.epochs} epochs")
     run.log.line(f"ops {' '.join(f'{op}={which}' for op, which in implementations(run.device).items())}")
     if world_size > 1 and not run.syncs_bn:
         why = "PyTorch has no SyncBatchNorm on the CPU" if args.sync_bn else "--no-sync-bn"
@@ -763,15 +772,16 @@ def main(argv: list[str] | None = None) -> None:
                 "one image per process leaves batch normalisation of the pyramid's 1x1 bin a single value; give "
                 f"--batch-size {2 * world_size} or more"
             )
+        loader, batches, cached = open_loader(args, train_set, val_set, device, rank, world_size)
         notes = prepare_output(out, resumed) if rank == 0 and not args.benchmark else []
         log = Log(None if args.benchmark else out / "logs", rank)
-        for note in notes:
+        for note in [*notes, *cached]:
             log.line(note)
 
         model.to(device, memory_format=torch.channels_last)
         if syncs_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # before the DDP wrap
-        optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), lr=args.lr, momentum=args.momentum)
+        optimizer = make_optimizer(model, args)
         static_scale = {} if args.loss_scale == "dynamic" else {"init_scale": float(args.loss_scale)}
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16", **static_scale)
 
@@ -798,14 +808,12 @@ def main(argv: list[str] | None = None) -> None:
             device_ids = None if device.type == "cpu" else [device.index]
             wrapped = nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
         run = Run(args, model, wrapped, optimizer, scaler, device, rank, world_size, syncs_bn, log)
-        describe(run, len(train_set), len(val_set))
-        loader, batches = open_loader(run, train_set, val_set)
+        describe(run, len(train_set), len(val_set), len(batches))
         if args.benchmark:
             result = benchmark(run, loader, batches, args.benchmark)
             if rank == 0:
                 print(json.dumps(result))
             return
-        log.line(f"{len(batches)} steps x {args.epochs} epochs")
 
         if resumed and not checkpoint["validated"]:
             best_miou = finish_epoch(run, val_set, checkpoint["epoch"], checkpoint["args"]["epochs"], best_miou)

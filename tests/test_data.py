@@ -1,12 +1,16 @@
 """Images and labels are found, read, checked and augmented together; every process gets its share and no more."""
 
 import json
+import os
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import data
 from data import (
     CAMVID,
     CITYSCAPES,
@@ -15,6 +19,9 @@ from data import (
     Augmentation,
     Classes,
     DataError,
+    DeviceCache,
+    RamCache,
+    SegmentationDataset,
     TrainBatches,
     normalise,
     open_dataset,
@@ -326,3 +333,114 @@ def test_cityscapes_is_read(cityscapes_sample):
     assert torch.equal(label == 0, raw == 7) and torch.equal(label == 13, raw == 26)
     assert torch.equal(label == IGNORE, sum(raw == v for v in (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)) > 0)
     assert torch.equal(torch.from_numpy(np.array(read_image(val.samples[0].image))), image)
+
+
+# --------------------------------------------------------------------------------------------------------------- caches
+
+
+def mixed_dataset(root, augmentation=None):
+    """Five images of two sizes, with labels of 8-pixel blocks."""
+    rng = np.random.default_rng(0)
+    for kind in ("images", "labels"):
+        (root / kind / "train").mkdir(parents=True)
+    (root / "classes.json").write_text(json.dumps({"names": [str(i) for i in range(20)]}))
+    for i in range(5):
+        h, w = (96, 160) if i % 2 else (128, 112)
+        blocks = rng.integers(0, 256, (h // 16, w // 16, 3), np.uint8)
+        smooth = Image.fromarray(blocks).resize((w, h), Image.Resampling.BICUBIC)
+        smooth.save(root / "images" / "train" / f"{i}.png")
+        labels = rng.integers(0, 20, (h // 8, w // 8), np.uint8).repeat(8, 0).repeat(8, 1)
+        Image.fromarray(labels).save(root / "labels" / "train" / f"{i}.png")
+    return open_dataset("folder", root, "train", augmentation)
+
+
+KEYS = [(epoch, position, position % 5) for epoch in (1, 2) for position in range(20)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_samples_from_memory_are_those_from_files(tmp_path, workers, context):
+    dataset = mixed_dataset(tmp_path, Augmentation((80, 96), seed=2))
+    expected = [dataset[key] for key in KEYS] + [dataset[3]]
+    dataset.cache = RamCache(dataset, threads=2)
+    for sample in dataset.samples:  # nothing is read any more
+        sample.image.unlink()
+    options = {"multiprocessing_context": context} if workers else {}
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=[*KEYS, 3], num_workers=workers, **options)
+    for (image, label), (expected_image, expected_label) in zip(loader, expected, strict=True):
+        assert torch.equal(image, expected_image) and torch.equal(label, expected_label)
+
+
+def test_cache_is_memory_of_no_name_that_goes_with_its_owner(tmp_path):
+    def held():
+        return [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink() and "fast-scnn" in os.readlink(path)]
+
+    if not hasattr(os, "memfd_create"):
+        pytest.skip("Linux alone has memory without a name")
+    dataset = mixed_dataset(tmp_path)
+    cache = RamCache(dataset)
+    copy = pickle.loads(pickle.dumps(cache))
+    copy[0][0][:] = 7  # the same memory
+    assert (cache[0][0] == 7).all() and held()
+    del cache, copy
+    assert not held()
+
+
+@pytest.mark.parametrize("build", [RamCache, lambda dataset: DeviceCache(dataset, torch.device("cpu"))])
+def test_corrupt_image_ends_caching_and_is_named(tmp_path, build):
+    dataset = mixed_dataset(tmp_path)
+    path = dataset.samples[3].image
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataError, match=r"images/train/3.png: cannot be decoded"):
+        build(dataset)
+
+
+def test_too_little_memory_is_said_with_both_sizes_before_anything_is_decoded(tmp_path, monkeypatch):
+    dataset = mixed_dataset(tmp_path)
+    monkeypatch.setattr(data, "free_memory", lambda: 2**16)
+    monkeypatch.setattr(SegmentationDataset, "read", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(DataError, match=r"5 images takes 288.0 KiB of memory, of which 64.0 KiB are free"):
+        RamCache(dataset)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("scale_range", [(0.5, 2.0), (0.3, 0.4), (1.0, 1.0)])
+def test_the_device_crops_as_the_host_does(tmp_path, mixed, scale_range):
+    dataset = mixed_dataset(tmp_path, Augmentation((80, 96), scale_range, seed=1))
+    indices = range(5) if mixed else (0, 2, 4)
+    cache = DeviceCache(dataset, torch.device("cpu"), indices)
+    keys = [(epoch, position, indices[position % len(indices)]) for epoch, position, _ in KEYS]
+    for start in range(0, len(keys), 8):
+        images, labels = cache.batch(keys[start : start + 8])
+        assert images.shape[1:] == (80, 96, 3) and images.dtype == labels.dtype == torch.uint8
+        for image, label, key in zip(images, labels, keys[start:]):
+            expected_image, expected_label = dataset[key]
+            difference = (image.int() - expected_image.int()).abs()
+            # Pillow rounds after each of its two passes, and then the colours are multiplied by up to 1.43.
+            assert difference.max() <= 3 and difference.float().mean() < 0.5
+            assert ((label == IGNORE) == (expected_label == IGNORE)).all()
+            # A row or column whose centre lies on the border of two pixels may take either: Pillow's box is in float32.
+            crop = dataset.augmentation.draw(tuple(dataset.sizes()[key[2]]), key[:2])
+            y, x = (np.abs(centres - np.round(centres)) > 1e-3 for centres in (data._centres(crop, axis) for axis in (0, 1)))
+            assert torch.equal(label[y][:, x], expected_label[y][:, x]) and y.sum() > 10 and x.sum() > 10
+
+
+def test_free_memory_is_a_sensible_number():
+    assert 2**24 < data.free_memory() < 2**50
+
+
+@pytest.mark.parametrize("samples, world_size", [(23, 2), (23, 4), (5, 4)])
+def test_sharded_batches_come_from_a_process_own_part(samples, world_size):
+    whole = TrainBatches(samples, 8, seed=1)
+    seen = []
+    for rank in range(world_size):
+        batches = TrainBatches(samples, 8, seed=1, rank=rank, world_size=world_size, sharded=True)
+        plain = TrainBatches(samples, 8, seed=1, rank=rank, world_size=world_size)
+        batches.set_epoch(3)
+        plain.set_epoch(3)
+        keys, plain_keys = ([key for batch in each for key in batch] for each in (batches, plain))
+        assert len(batches) == len(whole) and [key[:2] for key in keys] == [key[:2] for key in plain_keys]
+        assert all(index % world_size == rank for *_, index in keys)
+        seen += [index for *_, index in keys]
+    if samples > 8:  # each at most once
+        assert len(set(seen)) == len(seen) == len(whole) * 8

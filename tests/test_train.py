@@ -1,7 +1,11 @@
 """Training: schedule and loss by hand, one process against two, resuming, real data, and what it refuses."""
 
 import json
+import os
 import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,6 +248,81 @@ def test_camvid_trains(camvid, tmp_path):
     assert records(tmp_path / "r", "val")[0]["class_iou"].keys() == set(data.CAMVID.names)
 
 
+# --------------------------------------------------------------------------------------------------------------- caches
+
+
+def test_training_out_of_a_cache_is_training(drawn, tmp_path):
+    for name in ("none", "ram", "device"):
+        assert run(drawn, tmp_path / name, cache=name, workers=0 if name == "device" else 1) == 0
+    none, ram, device = ([r["loss"] for r in records(tmp_path / name, "train")] for name in ("none", "ram", "device"))
+    assert ram == none
+    assert device != none and device == pytest.approx(none, rel=0.02)  # pixels rounded otherwise
+    assert records(tmp_path / "ram", "val") == records(tmp_path / "none", "val")
+
+
+@pytest.mark.parametrize("cache", ["ram", "device"])
+def test_interrupted_and_resumed_out_of_a_cache(drawn, tmp_path, cache):
+    assert run(drawn, tmp_path / "a", cache=cache, epochs=2) == 0
+    assert run(drawn, tmp_path / "b", cache=cache, epochs=2) == 0
+    (tmp_path / "b" / "checkpoints" / "2.pth").unlink()
+    assert run(drawn, tmp_path / "b", cache=cache, epochs=2, resume="auto") == 0
+    a, b = (read_checkpoint(tmp_path / name / "checkpoints" / "2.pth")["model"] for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("cache", ["ram", "device"])
+def test_two_processes_out_of_a_cache_take_the_steps_of_one(drawn, tmp_path, cache):
+    common = {"dropout": 0, "freeze_bn": True, "epochs": 1, "cache": cache}
+    one = run_script("train.py", *flags(drawn, tmp_path / "one", **common))
+    two = run_script("train.py", *flags(drawn, tmp_path / "two", **common, workers=1), processes=2)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    losses = [[r["loss"] for r in records(tmp_path / name, "train")] for name in ("one", "two")]
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert f"cache {cache}: " in two.stdout and two.stdout.count(f"cache {cache}: ") == 1
+
+
+def test_cache_that_fits_no_device_is_shared_out(drawn, tmp_path):
+    script = tmp_path / "small.py"  # devices with room for 8 of the 12 images
+    body = "import sys; sys.path[:0] = [{!r}]; import train; train.device_room = lambda device: 8 * 4 * 96 * 192; train.main()"
+    script.write_text(body.format(str(Path(train.__file__).parent)))
+    done = run_script(script, *flags(drawn, tmp_path / "r", epochs=1, cache="device"), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "12 images, 864.0 KiB, shared out to 2 processes, each with batches of its own part" in done.stdout
+
+
+def test_cache_that_fits_nowhere_is_one_line_before_anything_is_written(drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "device_room", lambda device: 2**19)
+    assert run(drawn, tmp_path / "r", cache="device") == 2
+    assert "--cache device needs 864.0 KiB, and 1 x 512.0 KiB of the devices are free" in capsys.readouterr().err
+    monkeypatch.setattr(data, "free_memory", lambda: 2**19)
+    assert run(drawn, tmp_path / "r", cache="ram") == 2
+    assert "12 images takes 864.0 KiB of memory, of which 512.0 KiB are free" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_little_shared_memory_is_said_before_workers_meet_it(drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**17))
+    assert run(drawn, tmp_path / "r", workers=2) == 2
+    assert "2 workers need up to 576.0 KiB of /dev/shm, which has 128.0 KiB" in capsys.readouterr().err
+
+
+def test_worker_that_dies_is_one_line(drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data.Crop, "of", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    assert run(drawn, tmp_path / "r", workers=1) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("train.py: a decoding process was killed") and "--workers" in line
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_benchmark_measures_and_writes_nothing(drawn, tmp_path, capsys, cache):
+    assert run(drawn, tmp_path / "r", benchmark=3, cache=cache) == 0
+    result = last_json(capsys.readouterr().out)
+    assert min(result[f"{what}images_per_s"] for what in ("", "loader_", "step_")) > 0
+    assert set(result["step_ms"]) == {"copy to the device", "forward", "loss", "backward", "optimiser"}
+    assert result["steps"] == 3 and result["peak_memory_mib"] > 0
+    assert not (tmp_path / "r").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -253,6 +332,7 @@ def test_camvid_trains(camvid, tmp_path):
         ({"batch_size": 0}, "--batch-size 0 does not divide"),
         ({"batch_size": 1}, "one image per process leaves batch normalisation"),
         ({"epochs": 0}, "--epochs is 0, expected at least 1"),
+        ({"benchmark": 0}, "--benchmark is 0, expected at least 1 step"),
         ({"crop_size": (16, 64)}, "--crop-size is 16 64, expected at least 32"),
         ({"scale_range": (2.0, 0.5)}, "--scale-range is 2.0 0.5"),
         ({"loss_scale": "large"}, "--loss-scale is large, expected dynamic or a positive number"),
