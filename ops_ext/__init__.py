@@ -356,13 +356,13 @@ def accelerate(
 
     On the CPU model.py's Fast-SCNN runs in kernels of its own, at any size without a compilation. Another network, or another
     device, runs in PyTorch in channels_last, with batch normalisation folded and the last step fused; on CUDA recorded as a graph
-    for every size that comes twice.
+    for every size that comes twice, which must not depend on the pixels' values otherwise than through the kernels.
 
     Args:
         model: a network whose `model(x, upsample=False)` gives class scores at a lower resolution.
         device: where to run; None leaves the model where it is.
         precision: float32, or bfloat16 or float16 for what is multiplied; None for the fastest that the device has and that
-            loses next to nothing: bfloat16 where the CPU or the GPU multiplies it, else float32.
+            loses next to nothing: bfloat16 where the CPU or the GPU multiplies it, else float16 on a GPU and float32 on a CPU.
         mean, std: of the training images per channel, in units of 1 (white).
 
     Returns:
@@ -376,6 +376,8 @@ def accelerate(
         raise ValueError(f"precision is {precision}, expected float32, bfloat16, float16 or None")
     device = torch.device(device) if device is not None else next(model.parameters()).device
     model = copy.deepcopy(model).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    device = next(model.parameters()).device  # "cuda" alone would mean another one once the current device changes
+    mean, std = ([float(value) for value in each] for each in (mean, std))
     fused = _fused(model, precision, mean, std) if device.type == "cpu" else None
     if precision is None:
         precision = _fast_precision(device) if fused is None else torch.bfloat16 if fused.half else torch.float32
@@ -421,21 +423,24 @@ def _in_pytorch(
         with torch.autocast(device.type, precision, enabled=autocast):
             return network(pixels.to(dtype), upsample=False)  # (N, C, H/8, W/8)
 
-    folded = copy.deepcopy(model)
-    fold_batch_norm(folded)
-    folded.to(precision)
     images = _sample_images().to(device)
+    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False  # it rounds more than folding does
     try:
+        folded = copy.deepcopy(model)
+        fold_batch_norm(folded)
+        folded.to(precision)
         with torch.inference_mode():
             same = _agree(scores(folded, images, precision, False), scores(model, images, torch.float32, False), casts)
-    except (RuntimeError, ValueError):  # of a network that is not a chain of layers of one type
+    except Exception:  # whatever a network raises that cannot be folded, is not of one type, or takes other sizes
         same = False
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
     network, dtype, casts = (folded, precision, False) if same else (model, torch.float32, casts)
     return lambda images: upsample_argmax(scores(network, images, dtype, casts), images.shape[1:3])
 
 
 def _sample_images() -> Tensor:
-    return torch.arange(2 * 48 * 80 * 3).mul(7919).bitwise_and(255).byte().view(2, 48, 80, 3)
+    return torch.arange(2 * 64 * 96 * 3).mul(7919).bitwise_and(255).byte().view(2, 64, 96, 3)
 
 
 def _agree(scores: Tensor, expected: Tensor, half: bool) -> bool:
@@ -450,7 +455,10 @@ def _fast_precision(device: torch.device) -> torch.dtype:
         capabilities = torch.cpu.get_capabilities()
         return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        with torch.cuda.device(device):
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return torch.bfloat16
+            return torch.float16 if torch.cuda.get_device_capability() >= (7, 0) else torch.float32
     return torch.float32
 
 

@@ -735,15 +735,16 @@ Depthwise<T> depthwise_of(const Tensor& weight, const Tensor& bias, int64_t chan
   check(weight.dim() == 2 && weight.size(0) == 9 && weight.size(1) == channels && weight.is_cpu() && weight.is_contiguous() &&
             weight.scalar_type() == ScalarType::Float && channels % GROUP<T> == 0,
         "depthwise has shape ", shape(weight), ", expected contiguous float32 (9, ", channels, ") on the CPU");
-  check(stride >= 1 && dilation >= 1, "stride is ", stride, " and dilation ", dilation, ", expected at least 1");
+  check(stride >= 1 && stride <= 2 && dilation >= 1 && dilation <= 64, "stride is ", stride, " and dilation ", dilation,
+        ", expected at most 2 and 64, at least 1");
   return {floats(weight), floats(bias), channels, stride, dilation, relu};
 }
 
 // Results go to tensors that the caller keeps: fresh ones of this size cost the operating system more than the computation.
 float* result_of(Tensor& out, int64_t n, int64_t channels, int64_t h, int64_t w) {
   check(out.dim() == 4 && out.is_cpu() && out.scalar_type() == ScalarType::Float && out.size(0) == n && out.size(1) == channels &&
-            out.size(2) == h && out.size(3) == w && out.stride(1) == 1 && out.stride(3) == channels && out.stride(2) == w * channels &&
-            (n == 1 || out.stride(0) == h * w * channels),
+            out.size(2) == h && out.size(3) == w && out.stride(1) == 1 && (w == 1 || out.stride(3) == channels) &&
+            (h == 1 || out.stride(2) == w * channels) && (n == 1 || out.stride(0) == h * w * channels),
         "out has shape ", shape(out), ", expected float32 (", n, ", ", channels, ", ", h, ", ", w, ") in channels_last on the CPU");
   return static_cast<float*>(out.mutable_data_ptr());
 }

@@ -1,6 +1,10 @@
 """Fast-SCNN in the kernels of blocks.cpp gives what the module gives, at any size; what is no Fast-SCNN runs in PyTorch."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,6 +192,66 @@ def test_layers_beside_each_other_that_do_not_follow_each_other_stay_apart():
         assert (labels == expected).float().mean() > least
 
 
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: nn.BatchNorm2d(4, track_running_stats=False),
+        lambda: nn.SyncBatchNorm(4),
+        lambda: nn.BatchNorm2d(4),
+    ],
+)
+@pytest.mark.parametrize("change", [lambda conv: conv, nn.utils.parametrizations.weight_norm])
+def test_what_cannot_be_folded_runs_all_the_same(norm, change):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = change(nn.Conv2d(3, 4, 8, 8)), norm()
+
+        def forward(self, x, upsample=True):
+            assert x.shape[2] % 32 == 0
+            return self.bn(self.conv(x))
+
+    model, images = Odd().eval(), images_of(1, 96, 128)
+    labels = accelerate(model, precision=torch.float32)(images)
+    expected = ops_ext.upsample_argmax_reference(scores_of(model, images), (96, 128))
+    assert (labels == expected).float().mean() > 0.999
+
+
+def test_mean_and_deviation_may_be_whole_numbers():
+    model, images = network(), images_of(1, 64, 96)
+    whole, decimal = (accelerate(model, precision=torch.float32, mean=mean, std=std)
+                      for mean, std in (((0, 0, 0), (1, 1, 1)), ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))))  # fmt: skip
+    assert torch.equal(whole(images), decimal(images)) and len(whole.stages_ms(images, 1)) > 1
+
+
+def test_bfloat16_without_tiles(tmp_path):
+    # As on AMD's CPUs. A kernel that refuses the tiles, played by a library loaded before libc.
+    if not torch.ops.ops_ext.has_bfloat16() or not torch.cpu.get_capabilities().get("amx_bf16"):
+        pytest.skip("no AMX on this CPU: the other tests run without it")
+    source = tmp_path / "refuse.c"
+    source.write_text(
+        "#define _GNU_SOURCE\n#include <dlfcn.h>\n#include <stdarg.h>\n"
+        "long syscall(long number, ...) {\n  long a[6]; va_list list; va_start(list, number);\n"
+        "  for (int i = 0; i < 6; ++i) a[i] = va_arg(list, long);\n  va_end(list);\n"
+        "  if (number == 158 && a[0] == 0x1023) return -1;\n"
+        '  long (*real)(long, ...) = (long (*)(long, ...))dlsym(RTLD_NEXT, "syscall");\n'
+        "  return real(number, a[0], a[1], a[2], a[3], a[4], a[5]);\n}\n"
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", source, "-o", tmp_path / "refuse.so", "-ldl"], check=True)
+    code = """
+import torch, ops_ext, test_fused
+assert not torch.ops.ops_ext.has_fast_bfloat16() if ops_ext.implementations("cpu") else False
+for half in (False, True):
+    for shape in ((1, 64, 96), (2, 97, 131)):
+        test_fused.test_every_stage_is_the_networks(shape, half)
+print("fine")
+"""
+    folders = os.pathsep.join(str(Path(__file__).parent / each) for each in ("..", "."))
+    environment = {**os.environ, "LD_PRELOAD": str(tmp_path / "refuse.so"), "PYTHONPATH": folders}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == "fine\n", done.stderr
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_cuda_recorded_graphs_give_the_networks_labels_whatever_comes_between():
     model = network()
@@ -260,3 +324,10 @@ print("clean")
 """
     done = run_sanitized(code, build_for_tests("cpu", *SANITIZERS))
     assert (done.returncode, done.stdout) == (0, "clean\n"), done.stderr[max(done.stderr.find("ERROR"), 0) :][:3000]
+
+
+def test_the_raw_operators_refuse_an_absurd_stride():
+    arguments = arguments_of("bottleneck_block")
+    for stride in (0, -1, 3, 2**62):
+        with pytest.raises(RuntimeError, match="stride is"):
+            torch.ops.ops_ext.bottleneck_block(*arguments[:7], stride, False, arguments[-1])
