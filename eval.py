@@ -35,8 +35,19 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import IGNORE, IMAGE_SUFFIXES, MEAN, STD, Classes, DataError, SegmentationDataset, open_dataset, read_image
-from model import MIN_SIZE, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint
+from data import (
+    CITYSCAPES,
+    IGNORE,
+    IMAGE_SUFFIXES,
+    MEAN,
+    STD,
+    Classes,
+    DataError,
+    SegmentationDataset,
+    open_dataset,
+    read_image,
+)
+from model import MIN_SIZE, VARIANTS, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint, save_for_peer
 from ops_ext import accelerate, confusion_matrix
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -328,9 +339,12 @@ def run_prediction(args: argparse.Namespace) -> dict:
         raise DataError(f"{source}: no pictures in this folder; supported are {' '.join(IMAGE_SUFFIXES)}")
     checkpoint = read_checkpoint(args.weights)
     model = build_from_checkpoint(checkpoint, args.weights)
-    if "classes" not in checkpoint:
+    if "classes" in checkpoint:
+        classes = Classes.from_dict(checkpoint["classes"])
+    elif model.args["num_classes"] == len(CITYSCAPES.names):  # weights of another project
+        classes = CITYSCAPES
+    else:
         raise CheckpointError(f"{args.weights}: holds no classes, so no colours; take a checkpoint that train.py wrote")
-    classes = Classes.from_dict(checkpoint["classes"])
     device, rank, world_size = start_processes(args.device)
     segment = accelerate(model, device=device, precision=PRECISIONS[args.amp or "auto"], mean=MEAN, std=STD)
     out = Path(args.out)
@@ -483,6 +497,20 @@ def run_export(args: argparse.Namespace) -> dict:
     return result
 
 
+def run_export_weights(args: argparse.Namespace) -> dict:
+    """Writes the weights with the names of another project."""
+    if args.as_variant is None:
+        raise UsageError("--export-weights needs --as, the project whose names to use: tramac, segmentron, mmseg or mmseg-old")
+    model = build_from_checkpoint(read_checkpoint(args.weights), args.weights)
+    Path(args.export_weights).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_for_peer(model, args.export_weights, args.as_variant)
+    except ValueError as error:
+        raise UsageError(f"{args.weights}: {error}; train with --variant {args.as_variant}") from None
+    print(f"wrote {args.export_weights} with the names of {args.as_variant}")
+    return {"export_weights": str(args.export_weights), "as": args.as_variant}
+
+
 def onnx_session(path: str | Path) -> Callable[[Tensor], Tensor]:
     """An ONNX file in ONNX Runtime, on PyTorch's number of threads."""
     runtime = _import("onnxruntime", "running ONNX")
@@ -554,7 +582,7 @@ def _import(package: str, purpose: str):
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of eval.py."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", metavar="FILE", help="checkpoint of train.py, numbered or best_model.pth")
+    parser.add_argument("--weights", metavar="FILE", help="checkpoint of train.py, or of Tramac, SegmenTron, MMSegmentation")
     parser.add_argument("--dataset", default="cityscapes", help="cityscapes, camvid or folder (default: %(default)s)")
     parser.add_argument("--data", metavar="ROOT", help="the dataset's folder (default: datasets/NAME)")
     parser.add_argument("--split", default="val", help="split to evaluate, or several joined by + (default: %(default)s)")
@@ -570,6 +598,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--export-output", choices=("labels", "logits"), default="labels", help="what it gives (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--export-weights", metavar="FILE", help="write the weights under the names of another project instead, given by --as"
+    )
+    parser.add_argument(
+        "--as", dest="as_variant", choices=[name for name in VARIANTS if name != "paper"], help="which, for --export-weights"
     )
     parser.add_argument("--benchmark", action="store_true", help="measure the latency instead; needs no weights")
     parser.add_argument(
@@ -605,7 +639,12 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
     if args.sheet and Path(args.sheet).suffix.lower() not in Image.registered_extensions():
         raise UsageError(f"--sheet {args.sheet} has no suffix of an image format; give e.g. sheet.png")
-    modes = {"benchmark": run_benchmark, "export": run_export, "predict": run_prediction}
+    modes = {
+        "benchmark": run_benchmark,
+        "export": run_export,
+        "export_weights": run_export_weights,
+        "predict": run_prediction,
+    }
     result = next((mode for name, mode in modes.items() if getattr(args, name)), run_evaluation)(args)
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(json.dumps(result), flush=True)

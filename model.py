@@ -2,6 +2,7 @@
 
     model = FastSCNN(num_classes=19).eval()
     logits = model(images)              # (N, 3, H, W) normalised RGB -> (N, 19, H, W), any H, W >= 32
+    model = load_weights("theirs.pth")  # this project's checkpoints, and those of three others
 
 This file needs torch alone, and may be copied into another project as it is. From top to bottom: the layers, the paper's
 four stages (learning to downsample, global feature extractor, feature fusion, classifier), the network, its checkpoints.
@@ -16,14 +17,45 @@ Where the paper is silent, this is what was chosen:
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
+import re
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VARIANTS = ("paper",)
+
+@dataclass(frozen=True)
+class Variant:
+    """Where published implementations differ. The defaults are the paper's network."""
+
+    stem_padding: int = 1  # of the first convolution
+    depthwise_relu: bool = False  # after the depthwise convolution of a DSConv
+    relu6: bool = False  # in the bottlenecks
+    pyramid_kernel: int = 1  # of the convolution after pyramid pooling
+    fusion_kernel: int = 3  # of the convolution of the context: 3 depthwise, 1 dense
+    fusion_dilation: int = 4
+    fusion_bias: bool = False  # of the 1x1 convolutions before the addition
+    align_corners: bool = False  # of every resizing
+    aux_context: bool = True  # whether there is a second auxiliary head
+
+
+_SEGMENTRON = {"stem_padding": 0, "depthwise_relu": True, "relu6": True, "fusion_kernel": 1, "fusion_dilation": 1}
+VARIANTS = {
+    "paper": Variant(),
+    # Tramac/Fast-SCNN-pytorch
+    "tramac": Variant(
+        stem_padding=0, depthwise_relu=True, fusion_dilation=1, fusion_bias=True, align_corners=True, aux_context=False
+    ),
+    # LikeLy-Journey/SegmenTron and its port Ascend/ModelZoo-PyTorch
+    "segmentron": Variant(**_SEGMENTRON, fusion_bias=True, align_corners=True),
+    # open-mmlab/mmsegmentation, since its pull request 606 and before
+    "mmseg": Variant(pyramid_kernel=3, fusion_dilation=1),
+    "mmseg-old": Variant(**_SEGMENTRON),
+}
 MIN_SIZE = 32  # pixels; the smallest side that still leaves one pixel at 1/32 of the resolution
 
 
@@ -35,7 +67,7 @@ class CheckpointError(ValueError):
 
 
 class ConvBN(nn.Sequential):
-    """Convolution, batch normalisation, and ReLU unless `relu=False`. Padding keeps ceil(size / stride)."""
+    """Convolution, batch normalisation, and ReLU unless `relu=False`. Padding keeps ceil(size / stride) unless given."""
 
     def __init__(
         self,
@@ -46,35 +78,38 @@ class ConvBN(nn.Sequential):
         *,
         groups: int = 1,
         dilation: int = 1,
+        padding: int | None = None,
+        bias: bool = False,
         relu: bool = True,
+        relu6: bool = False,
     ):
-        padding = dilation * (kernel_size // 2)
+        padding = dilation * (kernel_size // 2) if padding is None else padding
         super().__init__()
         self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=False
+            in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=bias
         )
         self.bn = nn.BatchNorm2d(out_channels)
         if relu:
-            self.relu = nn.ReLU(inplace=True)
+            self.relu = nn.ReLU6(inplace=True) if relu6 else nn.ReLU(inplace=True)
 
 
 class DSConv(nn.Sequential):
     """Depthwise separable convolution (section 3.1): the non-linearity between its two convolutions is left out."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *, depthwise_relu: bool = False):
         super().__init__()
-        self.depthwise = ConvBN(in_channels, in_channels, 3, stride, groups=in_channels, relu=False)
+        self.depthwise = ConvBN(in_channels, in_channels, 3, stride, groups=in_channels, relu=depthwise_relu)
         self.pointwise = ConvBN(in_channels, out_channels)
 
 
 class Bottleneck(nn.Module):
     """Inverted residual of MobileNetV2 (table 2): expand by t, depthwise 3x3, project without a non-linearity."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, expansion: int = 6):
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, expansion: int = 6, *, relu6: bool = False):
         super().__init__()
         hidden = in_channels * expansion
-        self.expand = ConvBN(in_channels, hidden)
-        self.depthwise = ConvBN(hidden, hidden, 3, stride, groups=hidden)
+        self.expand = ConvBN(in_channels, hidden, relu6=relu6)
+        self.depthwise = ConvBN(hidden, hidden, 3, stride, groups=hidden, relu6=relu6)
         self.project = ConvBN(hidden, out_channels, relu=False)
         self.residual = stride == 1 and in_channels == out_channels
 
@@ -106,10 +141,11 @@ class PyramidPooling(nn.Module):
 
     bins = (1, 2, 3, 6)
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int = 1, align_corners: bool = False):
         super().__init__()
         self.reduce = nn.ModuleList(ConvBN(in_channels, in_channels // len(self.bins)) for _ in self.bins)
-        self.project = ConvBN(in_channels * 2, out_channels)
+        self.project = ConvBN(in_channels * 2, out_channels, kernel_size)
+        self.align_corners = align_corners
 
     def pool(self, x: Tensor) -> list[Tensor]:
         """(N, C, H, W) -> one (N, C, n, n) per n of `bins`."""
@@ -123,13 +159,13 @@ class PyramidPooling(nn.Module):
         return levels
 
     def forward(self, x: Tensor) -> Tensor:
-        levels = [resize(reduce(level), x) for reduce, level in zip(self.reduce, self.pool(x))]
+        levels = [resize(reduce(level), x, self.align_corners) for reduce, level in zip(self.reduce, self.pool(x))]
         return self.project(torch.cat([x, *levels], dim=1))
 
 
-def resize(x: Tensor, like: Tensor) -> Tensor:
+def resize(x: Tensor, like: Tensor, align_corners: bool = False) -> Tensor:
     """Bilinear resizing of (N, C, h, w) to the height and width of `like`."""
-    return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
+    return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=align_corners)
 
 
 # -------------------------------------------------------------------------------------------------------- the four stages
@@ -138,11 +174,11 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
 class LearningToDownsample(nn.Module):
     """Section 3.2.1: three layers of stride 2. (N, 3, H, W) -> (N, 64, H/8, W/8)."""
 
-    def __init__(self):
+    def __init__(self, variant: Variant = VARIANTS["paper"]):
         super().__init__()
-        self.conv = ConvBN(3, 32, 3, stride=2)
-        self.dsconv1 = DSConv(32, 48, stride=2)
-        self.dsconv2 = DSConv(48, 64, stride=2)
+        self.conv = ConvBN(3, 32, 3, stride=2, padding=variant.stem_padding)
+        self.dsconv1 = DSConv(32, 48, stride=2, depthwise_relu=variant.depthwise_relu)
+        self.dsconv2 = DSConv(48, 64, stride=2, depthwise_relu=variant.depthwise_relu)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dsconv2(self.dsconv1(self.conv(x)))
@@ -151,17 +187,17 @@ class LearningToDownsample(nn.Module):
 class GlobalFeatureExtractor(nn.Module):
     """Section 3.2.2: bottlenecks and pyramid pooling. (N, 64, H/8, W/8) -> (N, 128, H/32, W/32)."""
 
-    def __init__(self):
+    def __init__(self, variant: Variant = VARIANTS["paper"]):
         super().__init__()
-        self.bottleneck1 = self._stage(64, 64, stride=2)
-        self.bottleneck2 = self._stage(64, 96, stride=2)
-        self.bottleneck3 = self._stage(96, 128, stride=1)
-        self.pyramid_pooling = PyramidPooling(128, 128)
+        self.bottleneck1 = self._stage(64, 64, stride=2, relu6=variant.relu6)
+        self.bottleneck2 = self._stage(64, 96, stride=2, relu6=variant.relu6)
+        self.bottleneck3 = self._stage(96, 128, stride=1, relu6=variant.relu6)
+        self.pyramid_pooling = PyramidPooling(128, 128, kernel_size=variant.pyramid_kernel, align_corners=variant.align_corners)
 
     @staticmethod
-    def _stage(in_channels: int, out_channels: int, stride: int, repeats: int = 3) -> nn.Sequential:
-        first = Bottleneck(in_channels, out_channels, stride)
-        return nn.Sequential(first, *(Bottleneck(out_channels, out_channels) for _ in range(repeats - 1)))
+    def _stage(in_channels: int, out_channels: int, stride: int, relu6: bool, repeats: int = 3) -> nn.Sequential:
+        first = Bottleneck(in_channels, out_channels, stride, relu6=relu6)
+        return nn.Sequential(first, *(Bottleneck(out_channels, out_channels, relu6=relu6) for _ in range(repeats - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pyramid_pooling(self.bottleneck3(self.bottleneck2(self.bottleneck1(x))))
@@ -170,15 +206,24 @@ class GlobalFeatureExtractor(nn.Module):
 class FeatureFusion(nn.Module):
     """Section 3.2.3, table 3: detail (N, 64, H/8, W/8) + context (N, 128, H/32, W/32) -> (N, 128, H/8, W/8)."""
 
-    def __init__(self, detail_channels: int = 64, context_channels: int = 128, out_channels: int = 128):
+    def __init__(
+        self,
+        detail_channels: int = 64,
+        context_channels: int = 128,
+        out_channels: int = 128,
+        variant: Variant = VARIANTS["paper"],
+    ):
         super().__init__()
+        kernel, bias = variant.fusion_kernel, variant.fusion_bias
         # The dilation is the factor between the two resolutions, as the table has it.
-        self.depthwise = ConvBN(context_channels, context_channels, 3, groups=context_channels, dilation=4)
-        self.context = ConvBN(context_channels, out_channels, relu=False)
-        self.detail = ConvBN(detail_channels, out_channels, relu=False)
+        groups = context_channels if kernel == 3 else 1
+        self.depthwise = ConvBN(context_channels, context_channels, kernel, groups=groups, dilation=variant.fusion_dilation)
+        self.context = ConvBN(context_channels, out_channels, relu=False, bias=bias)
+        self.detail = ConvBN(detail_channels, out_channels, relu=False, bias=bias)
+        self.align_corners = variant.align_corners
 
     def forward(self, detail: Tensor, context: Tensor) -> Tensor:
-        context = self.context(self._spread(resize(context, detail)))
+        context = self.context(self._spread(resize(context, detail, self.align_corners)))
         return F.relu(self.detail(detail) + context)
 
     def _spread(self, context: Tensor) -> Tensor:
@@ -193,10 +238,10 @@ class FeatureFusion(nn.Module):
 class Classifier(nn.Module):
     """Section 3.2.4: two DSConv, dropout before the last layer, one score per class. Softmax is left to the loss."""
 
-    def __init__(self, channels: int, num_classes: int, dropout: float):
+    def __init__(self, channels: int, num_classes: int, dropout: float, variant: Variant = VARIANTS["paper"]):
         super().__init__()
-        self.dsconv1 = DSConv(channels, channels)
-        self.dsconv2 = DSConv(channels, channels)
+        self.dsconv1 = DSConv(channels, channels, depthwise_relu=variant.depthwise_relu)
+        self.dsconv2 = DSConv(channels, channels, depthwise_relu=variant.depthwise_relu)
         self.dropout = nn.Dropout(dropout)
         self.conv = nn.Conv2d(channels, num_classes, 1)
 
@@ -222,9 +267,9 @@ class FastSCNN(nn.Module):
 
     Args:
         num_classes: number of classes, each one output channel.
-        variant: one of VARIANTS; "paper" is the network of the paper's tables.
+        variant: one of VARIANTS; "paper" is the network of the paper's tables, the others are those of published weights.
         aux: also build the two auxiliary heads, on the outputs of learning to downsample (1/8) and of the global
-            feature extractor (1/32).
+            feature extractor (1/32); "tramac" has the first alone.
         dropout: probability before the last layer of each head.
     """
 
@@ -235,12 +280,14 @@ class FastSCNN(nn.Module):
         if variant not in VARIANTS:
             raise ValueError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
         self.args = {"num_classes": num_classes, "variant": variant, "aux": aux, "dropout": dropout}
-        self.learning_to_downsample = LearningToDownsample()
-        self.global_feature_extractor = GlobalFeatureExtractor()
-        self.feature_fusion = FeatureFusion()
-        self.classifier = Classifier(128, num_classes, dropout)
+        choices = VARIANTS[variant]
+        self.learning_to_downsample = LearningToDownsample(choices)
+        self.global_feature_extractor = GlobalFeatureExtractor(choices)
+        self.feature_fusion = FeatureFusion(variant=choices)
+        self.classifier = Classifier(128, num_classes, dropout, choices)
         self.aux_detail = AuxiliaryHead(64, num_classes, dropout) if aux else None
-        self.aux_context = AuxiliaryHead(128, num_classes, dropout) if aux else None
+        self.aux_context = AuxiliaryHead(128, num_classes, dropout) if aux and choices.aux_context else None
+        self.align_corners = choices.align_corners
 
     def forward(self, x: Tensor, upsample: bool = True) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Class scores of a batch of images.
@@ -250,7 +297,8 @@ class FastSCNN(nn.Module):
             upsample: scores at the input's resolution, or at the network's own.
 
         Returns:
-            (N, num_classes, H, W) logits, or (N, num_classes, ceil(H/8), ceil(W/8)) with `upsample=False`.
+            (N, num_classes, H, W) logits, or (N, num_classes, ceil(H/8), ceil(W/8)) with `upsample=False`; without padding
+            in the stem that is of H - 1 and W - 1.
             In training mode with aux=True a tuple (main, auxiliary at 1/8, auxiliary at 1/32), each upsampled likewise.
 
         Raises:
@@ -265,11 +313,152 @@ class FastSCNN(nn.Module):
         detail = self.learning_to_downsample(x)  # (N, 64, H/8, W/8)
         context = self.global_feature_extractor(detail)  # (N, 128, H/32, W/32)
         outputs = [self.classifier(self.feature_fusion(detail, context))]  # (N, num_classes, H/8, W/8)
-        if self.training and self.aux_detail is not None:
-            outputs += [self.aux_detail(detail), self.aux_context(context)]
+        if self.training:
+            heads = ((self.aux_detail, detail), (self.aux_context, context))
+            outputs += [head(features) for head, features in heads if head is not None]
         if upsample:
-            outputs = [resize(output, x) for output in outputs]
+            outputs = [resize(output, x, self.align_corners) for output in outputs]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+# ---------------------------------------------------------------------------------------------------------- peers' weights
+
+# What the layers are called here, and in the peers' files their convolution and their batch normalisation, where there is one.
+# {n} counts 1, 2; {m} the same from 0; {b} counts 1 to 3; {i} 0 to 2; {k} 0 to 3; {l} the same from 1.
+_DOWN, _GLOBAL, _FUSION = "learning_to_downsample", "global_feature_extractor", "feature_fusion"
+_PEERS = {
+    "tramac": (
+        (f"{_DOWN}.conv", f"{_DOWN}.conv.conv.0", f"{_DOWN}.conv.conv.1"),
+        (f"{_DOWN}.dsconv{{n}}.depthwise", f"{_DOWN}.dsconv{{n}}.conv.0", f"{_DOWN}.dsconv{{n}}.conv.1"),
+        (f"{_DOWN}.dsconv{{n}}.pointwise", f"{_DOWN}.dsconv{{n}}.conv.3", f"{_DOWN}.dsconv{{n}}.conv.4"),
+        *(
+            (f"{_GLOBAL}.bottleneck{{b}}.{{i}}.{layer}", *(f"{_GLOBAL}.bottleneck{{b}}.{{i}}.block.{at}" for at in places))
+            for layer, places in (
+                ("expand", ("0.conv.0", "0.conv.1")),
+                ("depthwise", ("1.conv.0", "1.conv.1")),
+                ("project", "23"),
+            )
+        ),
+        (f"{_GLOBAL}.pyramid_pooling.reduce.{{k}}", f"{_GLOBAL}.ppm.conv{{l}}.conv.0", f"{_GLOBAL}.ppm.conv{{l}}.conv.1"),
+        (f"{_GLOBAL}.pyramid_pooling.project", f"{_GLOBAL}.ppm.out.conv.0", f"{_GLOBAL}.ppm.out.conv.1"),
+        (f"{_FUSION}.depthwise", f"{_FUSION}.dwconv.conv.0", f"{_FUSION}.dwconv.conv.1"),
+        (f"{_FUSION}.context", f"{_FUSION}.conv_lower_res.0", f"{_FUSION}.conv_lower_res.1"),
+        (f"{_FUSION}.detail", f"{_FUSION}.conv_higher_res.0", f"{_FUSION}.conv_higher_res.1"),
+        ("classifier.dsconv{n}.depthwise", "classifier.dsconv{n}.conv.0", "classifier.dsconv{n}.conv.1"),
+        ("classifier.dsconv{n}.pointwise", "classifier.dsconv{n}.conv.3", "classifier.dsconv{n}.conv.4"),
+        ("classifier", "classifier.conv.1", None),
+        ("aux_detail.hidden", "auxlayer.0", "auxlayer.1"),
+        ("aux_detail", "auxlayer.4", None),
+    ),
+    "segmentron": (
+        (f"{_DOWN}.conv", f"{_DOWN}.conv.conv", f"{_DOWN}.conv.bn"),
+        (f"{_DOWN}.dsconv{{n}}.depthwise", f"{_DOWN}.dsconv{{n}}.block.depthwise", f"{_DOWN}.dsconv{{n}}.block.bn_depth"),
+        (f"{_DOWN}.dsconv{{n}}.pointwise", f"{_DOWN}.dsconv{{n}}.block.pointwise", f"{_DOWN}.dsconv{{n}}.block.bn_point"),
+        *(
+            (f"{_GLOBAL}.bottleneck{{b}}.{{i}}.{layer}", *(f"{_GLOBAL}.bottleneck{{b}}.{{i}}.conv.{at}" for at in places))
+            for layer, places in (("expand", ("0.conv", "0.bn")), ("depthwise", ("1.conv", "1.bn")), ("project", "23"))
+        ),
+        (f"{_GLOBAL}.pyramid_pooling.reduce.{{k}}", f"{_GLOBAL}.ppm.convs.{{k}}.conv", f"{_GLOBAL}.ppm.convs.{{k}}.bn"),
+        (f"{_GLOBAL}.pyramid_pooling.project", f"{_GLOBAL}.out.conv", f"{_GLOBAL}.out.bn"),
+        (f"{_FUSION}.depthwise", f"{_FUSION}.dwconv.conv", f"{_FUSION}.dwconv.bn"),
+        (f"{_FUSION}.context", f"{_FUSION}.conv_lower_res.0", f"{_FUSION}.conv_lower_res.1"),
+        (f"{_FUSION}.detail", f"{_FUSION}.conv_higher_res.0", f"{_FUSION}.conv_higher_res.1"),
+        ("classifier.dsconv{n}.depthwise", "classifier.dsconv{n}.block.depthwise", "classifier.dsconv{n}.block.bn_depth"),
+        ("classifier.dsconv{n}.pointwise", "classifier.dsconv{n}.block.pointwise", "classifier.dsconv{n}.block.bn_point"),
+        ("classifier", "classifier.conv.1", None),
+        ("aux_detail.hidden", "auxlayer1.0", "auxlayer1.1"),
+        ("aux_detail", "auxlayer1.4", None),
+        ("aux_context.hidden", "auxlayer2.0", "auxlayer2.1"),
+        ("aux_context", "auxlayer2.4", None),
+    ),
+    "mmseg": (
+        *(
+            (ours, f"{theirs}.conv", f"{theirs}.bn")
+            for ours, theirs in (
+                (f"{_DOWN}.conv", f"backbone.{_DOWN}.conv"),
+                (f"{_DOWN}.dsconv{{n}}.depthwise", f"backbone.{_DOWN}.dsconv{{n}}.depthwise_conv"),
+                (f"{_DOWN}.dsconv{{n}}.pointwise", f"backbone.{_DOWN}.dsconv{{n}}.pointwise_conv"),
+                (f"{_GLOBAL}.bottleneck{{b}}.{{i}}.expand", f"backbone.{_GLOBAL}.bottleneck{{b}}.{{i}}.conv.0"),
+                (f"{_GLOBAL}.bottleneck{{b}}.{{i}}.depthwise", f"backbone.{_GLOBAL}.bottleneck{{b}}.{{i}}.conv.1"),
+                (f"{_GLOBAL}.bottleneck{{b}}.{{i}}.project", f"backbone.{_GLOBAL}.bottleneck{{b}}.{{i}}.conv.2"),
+                (f"{_GLOBAL}.pyramid_pooling.reduce.{{k}}", f"backbone.{_GLOBAL}.ppm.{{k}}.1"),
+                (f"{_GLOBAL}.pyramid_pooling.project", f"backbone.{_GLOBAL}.out"),
+                (f"{_FUSION}.depthwise", f"backbone.{_FUSION}.dwconv"),
+                (f"{_FUSION}.context", f"backbone.{_FUSION}.conv_lower_res"),
+                (f"{_FUSION}.detail", f"backbone.{_FUSION}.conv_higher_res"),
+                ("classifier.dsconv{n}.depthwise", "decode_head.convs.{m}.depthwise_conv"),
+                ("classifier.dsconv{n}.pointwise", "decode_head.convs.{m}.pointwise_conv"),
+                ("aux_context.hidden", "auxiliary_head.0.convs.0"),
+                ("aux_detail.hidden", "auxiliary_head.1.convs.0"),
+            )
+        ),
+        ("classifier", "decode_head.conv_seg", None),
+        ("aux_context", "auxiliary_head.0.conv_seg", None),
+        ("aux_detail", "auxiliary_head.1.conv_seg", None),
+    ),
+}
+_PEERS["mmseg-old"] = _PEERS["mmseg"]
+
+
+def peer_names(model: FastSCNN, variant: str) -> dict[str, str]:
+    """What each entry of the network's state dict is called in the files of the peer that a variant is named after."""
+    folders = {}
+    for ours, conv, bn in _PEERS[variant]:
+        for n, b, i, k in itertools.product((1, 2), (1, 2, 3), (0, 1, 2), (0, 1, 2, 3)):
+            counts = {"n": n, "m": n - 1, "b": b, "i": i, "k": k, "l": k + 1}
+            folders[f"{ours}.conv.".format(**counts)] = f"{conv}.".format(**counts)
+            folders[f"{ours}.bn.".format(**counts)] = f"{bn}.".format(**counts)
+    names = {}
+    for name in model.state_dict():
+        folder, _, kind = name.rpartition(".")
+        names[name] = folders[f"{folder}."] + kind
+    return names
+
+
+def _from_peer(tensors: dict[str, Tensor], path: str | os.PathLike) -> dict:
+    """A checkpoint as train.py saves it, out of a peer's state dict, recognised by its names and shapes.
+
+    Raises:
+        CheckpointError: names or shapes that are nobody's, or that do not all fit.
+    """
+    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    fits = []
+    for variant in _PEERS:
+        with torch.device("meta"):
+            whole = FastSCNN(1, variant=variant, aux=True)
+        names = peer_names(whole, variant)
+        shapes = {names[name]: tensor.shape[1:] for name, tensor in whole.state_dict().items()}  # whatever the class count
+        fits.append((sum(name in tensors and tensors[name].shape[1:] == shapes[name] for name in shapes), variant))
+    matching, variant = max(fits, key=lambda fit: fit[0])  # of equals the first
+    if matching < 20:
+        some = ", ".join(list(tensors)[:4])
+        raise CheckpointError(
+            f"{path}: holds {some or 'nothing'}, expected the entries model and model_args that train.py saves, or the weights "
+            f"of {', '.join(_PEERS)}"
+        )
+    head = next((name for name in ("classifier.conv.1.weight", "decode_head.conv_seg.weight") if name in tensors), None)
+    aux = any(name.startswith(("auxlayer", "auxiliary_head")) for name in tensors)
+    args = {"num_classes": len(tensors[head]) if head else 1, "variant": variant, "aux": aux, "dropout": 0.1}
+    with torch.device("meta"):
+        model = FastSCNN(**args)
+    names, state = peer_names(model, variant), {}
+    missing, misshapen = [], []
+    for name, empty in model.state_dict().items():
+        theirs = tensors.get(names[name])
+        if theirs is None and name.endswith((".conv.bias", ".num_batches_tracked")):
+            theirs = torch.zeros(empty.shape, dtype=empty.dtype)  # without a bias is with one of 0
+        if theirs is None:
+            missing.append(names[name])
+        elif theirs.shape != empty.shape:
+            misshapen.append(f"{names[name]} {tuple(theirs.shape)}, expected {tuple(empty.shape)}")
+        else:
+            state[name] = theirs.to(empty.dtype)
+    stray = sorted(tensors.keys() - set(names.values()))
+    problems = (("lacks", missing), ("has other shapes:", misshapen), ("has besides", stray))
+    text = "; ".join(f"{what} {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}" for what, keys in problems if keys)
+    if text:
+        raise CheckpointError(f"{path}: looks like weights of {variant}, but {text}; take another file")
+    return {"model": state, "model_args": args}
 
 
 # ------------------------------------------------------------------------------------------------------------ checkpoints
@@ -291,32 +480,43 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     except PermissionError:
         raise
     except Exception as error:  # there is no kind of error that a damaged pickle cannot raise
+        forbidden = re.search(r"GLOBAL ([\w.]+\w)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and forbidden:  # weights are plain tensors and numbers
+            raise CheckpointError(
+                f"{path}: would run {forbidden[1]} when it is read, and was not; save its state dict alone"
+            ) from error
         reason = "not the plain tensors of a checkpoint" if isinstance(error, pickle.UnpicklingError) else f"{error!r:.100}"
         reason = " ".join(reason.split())
         raise CheckpointError(f"{path}: truncated or no checkpoint ({reason}); take another file") from error
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        found = ", ".join(map(str, list(checkpoint)[:4])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise CheckpointError(
-            f"{path}: holds {found or 'nothing'}, expected the entries model and model_args that train.py saves"
-        )
-    return checkpoint
+    if isinstance(checkpoint, dict) and {"model", "model_args"} <= checkpoint.keys():
+        return checkpoint
+    for wrapping in ("state_dict", "model"):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapping), dict):
+            checkpoint = checkpoint[wrapping]
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path}: holds {type(checkpoint).__name__}, expected a checkpoint or a state dict")
+    return _from_peer({str(name): value for name, value in checkpoint.items() if isinstance(value, Tensor)}, path)
 
 
-def load_weights(path: str | os.PathLike, num_classes: int | None = None) -> FastSCNN:
+def load_weights(path: str | os.PathLike, num_classes: int | None = None, *, new_head: bool = False) -> FastSCNN:
     """The trained network of a checkpoint, on the CPU and in evaluation mode.
 
     Args:
-        path: a file that train.py wrote, numbered or best_model.pth.
+        path: a file that train.py wrote, numbered or best_model.pth, or one of Tramac/Fast-SCNN-pytorch, SegmenTron (and
+            Ascend/ModelZoo-PyTorch) or MMSegmentation, which are recognised by their names and shapes.
         num_classes: the class count that the caller needs; None takes the checkpoint's.
+        new_head: where the checkpoint has another class count, begin the layers that give the classes anew.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: the file is no checkpoint, is damaged, or has another class count.
     """
-    return build_from_checkpoint(read_checkpoint(path), path, num_classes)
+    return build_from_checkpoint(read_checkpoint(path), path, num_classes, new_head=new_head)
 
 
-def build_from_checkpoint(checkpoint: dict, path: str | os.PathLike, num_classes: int | None = None) -> FastSCNN:
+def build_from_checkpoint(
+    checkpoint: dict, path: str | os.PathLike, num_classes: int | None = None, *, new_head: bool = False
+) -> FastSCNN:
     """`load_weights` for a checkpoint already read; `path` is named in errors."""
     try:
         model = FastSCNN(**checkpoint["model_args"])
@@ -326,7 +526,29 @@ def build_from_checkpoint(checkpoint: dict, path: str | os.PathLike, num_classes
         raise CheckpointError(f"{path}: does not fit this network ({reason[:200]}); take another file") from error
     found = model.args["num_classes"]
     if num_classes is not None and found != num_classes:
-        raise CheckpointError(
-            f"{path}: has {found} classes, expected {num_classes}; choose the dataset that it was trained on, or train anew"
-        )
+        if not new_head:
+            raise CheckpointError(
+                f"{path}: has {found} classes, expected {num_classes}; choose the dataset that it was trained on, or train anew"
+            )
+        model = FastSCNN(**{**model.args, "num_classes": num_classes})
+        heads = ("classifier.conv.", "aux_detail.conv.", "aux_context.conv.")
+        model.load_state_dict({k: v for k, v in checkpoint["model"].items() if not k.startswith(heads)}, strict=False)
     return model.eval()
+
+
+def save_for_peer(model: FastSCNN, path: str | os.PathLike, variant: str) -> None:
+    """Writes the weights as a state dict with the names of another project.
+
+    Args:
+        model: a network of that very variant: no other computes the same there.
+        path: the file.
+        variant: one of VARIANTS but "paper".
+
+    Raises:
+        ValueError: the network is of another variant.
+    """
+    own = model.args["variant"]
+    if variant not in _PEERS or variant != own:
+        raise ValueError(f"a network of variant {own!r} cannot be saved as {variant!r}: there it would compute something else")
+    names = peer_names(model, variant)
+    torch.save({names[name]: tensor for name, tensor in model.state_dict().items()}, path)

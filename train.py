@@ -52,7 +52,7 @@ from data import (
     size_text,
 )
 from eval import AMP_DTYPES, OneLineParser, UsageError, evaluate, exit_status, metrics, start_processes
-from model import VARIANTS, CheckpointError, FastSCNN, read_checkpoint
+from model import VARIANTS, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint
 from ops_ext import accelerate, implementations, upsample_cross_entropy
 
 PAPER_BATCH = 12  # images, for which --base-lr is given
@@ -98,6 +98,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--sync-bn", action=switch, default=True, help="batch normalisation over all processes (not on the CPU)")
     add("--freeze-bn", action="store_true", help="leave batch normalisation's statistics as they are")
     add("--variant", choices=VARIANTS, default="paper", help="network variant (default: %(default)s)")
+    add("--init-weights", metavar="FILE",
+        help="begin with these weights, of this project or another's (see eval.py), the last layers anew where the classes are others")
     add("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: %(default)s)")
 
     add = parser.add_argument_group("machine").add_argument
@@ -176,13 +178,12 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.SG
         return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum)
 
 
-def loss_sum(outputs: Tensor | tuple[Tensor, ...], target: Tensor) -> Tensor:
+def loss_sum(outputs: Tensor | tuple[Tensor, ...], target: Tensor, align_corners: bool = False) -> Tensor:
     """Cross-entropy summed over the pixels, of the main output and with AUX_WEIGHT of the auxiliary ones."""
-    main, *aux = outputs if isinstance(outputs, tuple) else (outputs,)
-    loss = upsample_cross_entropy(main, target, ignore_index=IGNORE, reduction="sum")
-    for output in aux:
-        loss = loss + AUX_WEIGHT * upsample_cross_entropy(output, target, ignore_index=IGNORE, reduction="sum")
-    return loss
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    options = {"ignore_index": IGNORE, "reduction": "sum", "align_corners": align_corners}
+    main, *aux = (upsample_cross_entropy(output, target, **options) for output in outputs)
+    return main + AUX_WEIGHT * sum(aux)
 
 
 def choose_amp(name: str, device: torch.device) -> str:
@@ -299,7 +300,7 @@ def train_step(run: Run, images: Tensor, target: Tensor, mark: Callable[[str], N
     with torch.autocast(device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
         outputs = run.wrapped(normalise(images), upsample=False)
     mark("forward")
-    loss = loss_sum(outputs, target) / labelled.clamp(min=1)
+    loss = loss_sum(outputs, target, run.model.align_corners) / labelled.clamp(min=1)
     mark("loss")
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss * run.world_size).backward()
@@ -603,6 +604,26 @@ def find_resume(args: argparse.Namespace) -> tuple[Path, dict] | None:
     return path, checkpoint
 
 
+def init_weights(model: FastSCNN, path: str) -> str:
+    """Copies the weights of a checkpoint into the network; returns what was not copied, in a line for people.
+
+    Raises:
+        FileNotFoundError, CheckpointError: there is no such file, or it is of another variant.
+    """
+    found = build_from_checkpoint(read_checkpoint(path), path)
+    variant, classes = found.args["variant"], found.args["num_classes"]
+    if variant != model.args["variant"]:
+        raise CheckpointError(f"{path}: is of variant {variant}; give --variant {variant}")
+    loaded = build_from_checkpoint(
+        {"model": found.state_dict(), "model_args": found.args}, path, model.args["num_classes"], new_head=True
+    )
+    heads = {"classifier.conv", "aux_detail.conv", "aux_context.conv"} if classes != model.args["num_classes"] else set()
+    state = {name: tensor for name, tensor in loaded.state_dict().items() if name.rpartition(".")[0] not in heads}
+    missing, _ = model.load_state_dict(state, strict=False)
+    anew = sorted({name.rpartition(".")[0] for name in missing})
+    return f"began with {path}, {classes} classes; begun anew: {', '.join(anew) or 'nothing'}"
+
+
 def check_resume(path: Path, checkpoint: dict, model: FastSCNN, classes: Classes, args: argparse.Namespace) -> None:
     """Raises CheckpointError where the checkpoint is of another network, other classes or, found by auto, other data."""
     differing = {k: (v, model.args.get(k)) for k, v in checkpoint["model_args"].items() if v != model.args.get(k)}
@@ -756,6 +777,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model = FastSCNN(len(train_set.classes.names), variant=args.variant, aux=args.aux, dropout=args.dropout)
     resumed = find_resume(args)
+    begun = [init_weights(model, args.init_weights)] if args.init_weights and not resumed else []
     if resumed:
         check_resume(*resumed, model, train_set.classes, args)
 
@@ -775,7 +797,7 @@ def main(argv: list[str] | None = None) -> None:
         loader, batches, cached = open_loader(args, train_set, val_set, device, rank, world_size)
         notes = prepare_output(out, resumed) if rank == 0 and not args.benchmark else []
         log = Log(None if args.benchmark else out / "logs", rank)
-        for note in [*notes, *cached]:
+        for note in [*notes, *cached, *begun]:
             log.line(note)
 
         model.to(device, memory_format=torch.channels_last)

@@ -359,7 +359,8 @@ def accelerate(
     for every size that comes twice, which must not depend on the pixels' values otherwise than through the kernels.
 
     Args:
-        model: a network whose `model(x, upsample=False)` gives class scores at a lower resolution.
+        model: a network whose `model(x, upsample=False)` gives class scores at a lower resolution, to be upsampled as its
+            attribute `align_corners` says, or else without.
         device: where to run; None leaves the model where it is.
         precision: float32, or bfloat16 or float16 for what is multiplied; None for the fastest that the device has and that
             loses next to nothing: bfloat16 where the CPU or the GPU multiplies it, else float16 on a GPU and float32 on a CPU.
@@ -436,7 +437,8 @@ def _in_pytorch(
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
     network, dtype, casts = (folded, precision, False) if same else (model, torch.float32, casts)
-    return lambda images: upsample_argmax(scores(network, images, dtype, casts), images.shape[1:3])
+    align_corners = getattr(model, "align_corners", False)
+    return lambda images: upsample_argmax(scores(network, images, dtype, casts), images.shape[1:3], align_corners)
 
 
 def _sample_images() -> Tensor:

@@ -37,6 +37,8 @@ class FusedFastSCNN:
         fusion, classifier = model.feature_fusion, model.classifier
         blocks = [*features.bottleneck1, *features.bottleneck2, *features.bottleneck3]
         self.half = half
+        if getattr(model, "align_corners", False):
+            raise RuntimeError("the kernels resize with align_corners=False")
         self.multiple = MULTIPLE if half else MULTIPLE // 2
         weight, bias = _folded(down.conv)
         weight = weight / (torch.tensor(std) * 255).view(1, 3, 1, 1)
