@@ -103,6 +103,7 @@ _CAMVID = (
 _CAMVID_UNLABELLED = 11
 
 CITYSCAPES = Classes(*zip(*(entry[:3] for entry in _CITYSCAPES)))
+CITYSCAPES_LABEL_IDS = tuple(entry[3] for entry in _CITYSCAPES)  # of the train ids, as the evaluation server wants them
 CAMVID = Classes(*zip(*_CAMVID))
 
 
@@ -121,10 +122,11 @@ def label_table(train_ids: dict[int, int], ignored: Sequence[int]) -> bytes:
 
 @dataclass(frozen=True)
 class Sample:
-    """Paths of an image and its label map."""
+    """Paths of an image, its label map and, where there is one, its map of instances."""
 
     image: Path
     label: Path
+    instances: Path | None = None
 
 
 def open_dataset(name: str, root: str | Path, split: str, augmentation: Augmentation | None = None) -> SegmentationDataset:
@@ -162,9 +164,11 @@ def _open_cityscapes(root: Path):
     def find(split: str) -> list[Sample]:
         kind = "gtCoarse" if split == "train_extra" else "gtFine"
         images, labels = root / "leftImg8bit" / split, root / kind / split
-        return _pair(
+        samples = _pair(
             images, "*/*_leftImg8bit.png", "_leftImg8bit.png", labels, f"*/*_{kind}_labelIds.png", f"_{kind}_labelIds.png"
         )
+        instances = [s.label.with_name(s.label.name.replace("_labelIds.png", "_instanceIds.png")) for s in samples]
+        return [Sample(s.image, s.label, path if path.is_file() else None) for s, path in zip(samples, instances)]
 
     return CITYSCAPES, table, find
 
@@ -318,6 +322,17 @@ class SegmentationDataset(torch.utils.data.Dataset):
             sizes = f"{label.width}x{label.height} pixels, its image {sample.image} {image.width}x{image.height}"
             raise DataError(f"{sample.label}: {sizes}; give both the same size")
         return image, label
+
+    def read_instances(self, index: int) -> Tensor:
+        """(H, W) int64 map of the single objects of a Cityscapes image: 1000 x train id + number, -1 elsewhere."""
+        sample = self.samples[index]
+        values = np.array(_decode(sample.instances)).astype(np.int64)
+        if values.ndim != 2 or values.max(initial=0) >= 34000:
+            raise DataError(f"{sample.instances}: no map of instances, of label id x 1000 + number; restore it, or remove it")
+        train_ids = np.full(34, -1)
+        train_ids[list(CITYSCAPES_LABEL_IDS)] = np.arange(len(CITYSCAPES_LABEL_IDS))
+        train_id = train_ids[values // 1000]
+        return torch.from_numpy(np.where((values > 1000) & (train_id >= 0), 1000 * train_id + values % 1000, -1))
 
     def sizes(self) -> np.ndarray:
         """Height and width of every image, (number, 2) int64, from the heads of their files."""

@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from tqdm import tqdm
 
 from data import (
     CITYSCAPES,
+    CITYSCAPES_LABEL_IDS,
     IGNORE,
     IMAGE_SUFFIXES,
     MEAN,
@@ -131,6 +133,99 @@ def start_processes(device_name: str | None) -> tuple[torch.device, int, int]:
 # ---------------------------------------------------------------------------------------------------------------- metrics
 
 
+class WithInstances(torch.utils.data.Dataset):
+    """Whole images and label maps of a dataset, and their maps of instances."""
+
+    def __init__(self, dataset: SegmentationDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        image, label = self.dataset[index]
+        instances = self.dataset.read_instances(index)
+        if instances.shape != label.shape:
+            path = self.dataset.samples[index].instances
+            raise DataError(
+                f"{path}: {tuple(instances.shape)} pixels, its label map {tuple(label.shape)}; give both the same size"
+            )
+        return image, label, instances
+
+
+class InstanceScores:
+    """Cityscapes' instance-weighted IoU (iIoU): each object counts as if it had its class' average size.
+
+    It is for classes of single objects, and for the categories all of whose classes are.
+    """
+
+    # Mean number of pixels of an instance in the training set, the constants of cityscapesScripts.
+    AVERAGE_PIXELS: ClassVar = {
+        "person": 3462.4756337644,
+        "rider": 3930.4788056518,
+        "car": 12794.0202738185,
+        "truck": 27855.1264367816,
+        "bus": 35732.1511111111,
+        "train": 67583.7075812274,
+        "motorcycle": 6298.7200839748,
+        "bicycle": 4672.3249222261,
+    }
+
+    def __init__(self):
+        classes = CITYSCAPES
+        self.names = classes.names
+        categories = list(dict.fromkeys(classes.categories))
+        self.category = torch.tensor([*(categories.index(each) for each in classes.categories), -1])  # the last is void
+        self.weighted = torch.zeros(len(classes.names), 3, dtype=torch.float64)  # all, found, found of the same category
+        self.average = torch.tensor([self.AVERAGE_PIXELS.get(name, 0.0) for name in classes.names], dtype=torch.float64)
+        single = {
+            c: all(n in self.AVERAGE_PIXELS for n, k in zip(classes.names, classes.categories) if k == c) for c in categories
+        }
+        self.categories = {name: categories.index(name) for name in categories if single[name]}
+
+    def add(self, prediction: Tensor, instances: Tensor) -> None:
+        """(H, W) labels, of which those beyond the classes are void, and the (H, W) map of `read_instances`."""
+        inside = instances >= 0
+        code, guess = instances[inside], prediction.cpu()[inside].long().clamp(max=len(self.names))
+        truth = code // 1000
+        found = torch.stack(
+            [torch.ones_like(truth, dtype=torch.bool), guess == truth, self.category[guess] == self.category[truth]]
+        )
+        codes = 1000 * len(self.names)
+        pixels = torch.stack([torch.bincount(code[each], minlength=codes) for each in found], 1).double()  # (codes, 3)
+        share = (pixels / pixels[:, :1].clamp(min=1)).view(len(self.names), 1000, 3)
+        self.weighted += self.average[:, None] * share.sum(1)
+
+    def reduce(self, device: torch.device) -> None:
+        """Adds up what all processes have."""
+        weighted = self.weighted.to(device)
+        dist.all_reduce(weighted)
+        self.weighted = weighted.cpu()
+
+    def metrics(self, confusion: Tensor) -> dict:
+        """class_iiou and category_iiou {name: iIoU}, their means miiou and category_miiou, in [0, 1], null for what does not occur.
+
+        confusion: (C, C) or with columns of void predictions behind; rows are the truth.
+        """
+        matrix, n = confusion.double(), len(self.names)
+
+        def score(found: float, everything: float, false_positives: float) -> float:
+            return found / (everything + false_positives) if everything + false_positives > 0 else float("nan")
+
+        classes, categories = {}, {}
+        for i, name in enumerate(self.names):
+            if name in self.AVERAGE_PIXELS:
+                false_positives = matrix[:, i].sum() - matrix[i, i]
+                classes[name] = score(self.weighted[i, 1].item(), self.weighted[i, 0].item(), false_positives.item())
+        for name, number in self.categories.items():
+            member = self.category[:n] == number
+            false_positives = matrix[~member][:, :n][:, member].sum()
+            categories[name] = score(*self.weighted[member][:, [2, 0]].sum(0).tolist(), false_positives.item())
+        return {
+            "miiou": _mean(np.array(list(classes.values()))),
+            "class_iiou": {name: _number(value) for name, value in classes.items()},
+            "category_miiou": _mean(np.array(list(categories.values()))),
+            "category_iiou": {name: _number(value) for name, value in categories.items()},
+        }
+
+
 def evaluate(
     segment: Callable[[Tensor], Tensor],
     dataset: SegmentationDataset,
@@ -141,6 +236,8 @@ def evaluate(
     world_size: int = 1,
     progress: bool = True,
     sheet: ContactSheet | None = None,
+    instances: InstanceScores | None = None,
+    each: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Confusion matrix of a whole split at full resolution, every image counted exactly once by one of the processes.
 
@@ -152,6 +249,8 @@ def evaluate(
         rank, world_size: which share of the images is this process'.
         progress: show a progress bar on a terminal.
         sheet: gathers the first pictures of rank 0.
+        instances: gathers what instance-level figures need; all images have maps of instances.
+        each: called with the index of every image and its (H, W) prediction.
 
     Returns:
         (num_classes, num_classes) int64 on the CPU, rows are the truth; the same in every process.
@@ -162,10 +261,11 @@ def evaluate(
     num_classes = len(dataset.classes.names)
     indices = range(rank, len(dataset), world_size)
     # No padding to an even share: unlike torch's DistributedSampler no image is counted twice.
-    loader = torch.utils.data.DataLoader(dataset, batch_size=1, sampler=indices, num_workers=min(workers, len(indices)))
+    source = dataset if instances is None else WithInstances(dataset)
+    loader = torch.utils.data.DataLoader(source, batch_size=1, sampler=indices, num_workers=min(workers, len(indices)))
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     loader = tqdm(loader, "evaluation", unit="image", leave=False, disable=None if progress and rank == 0 else True)
-    for index, (image, label) in zip(indices, loader):
+    for index, (image, label, *maps) in zip(indices, loader):
         if min(label.shape[1:]) < MIN_SIZE:
             height, width = label.shape[1:]
             raise DataError(f"{dataset.samples[index].image}: {width}x{height} pixels, expected at least {MIN_SIZE}x{MIN_SIZE}")
@@ -173,15 +273,24 @@ def evaluate(
         confusion += confusion_matrix(prediction, label.to(device), num_classes, IGNORE)
         if sheet is not None:
             sheet.add(image[0], label[0], prediction[0])
+        if instances is not None:
+            instances.add(prediction[0], maps[0][0])
+        if each is not None:
+            each(index, prediction[0])
     if world_size > 1:
         dist.all_reduce(confusion)
+        if instances is not None:
+            instances.reduce(device)
     return confusion.cpu()
 
 
 def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
-    """TP / (TP + FP + FN) of each class; NaN for one that occurs neither in truth nor in prediction."""
+    """TP / (TP + FP + FN) of each class; NaN for one that occurs neither in truth nor in prediction.
+
+    confusion: (C, C) or more columns, of predictions that are no class; rows are the truth.
+    """
     true_positive = np.diag(confusion).astype(float)
-    union = confusion.sum(0) + confusion.sum(1) - np.diag(confusion)
+    union = confusion.sum(0)[: len(confusion)] + confusion.sum(1) - np.diag(confusion)
     return np.divide(true_positive, union, out=np.full(len(confusion), np.nan), where=union > 0)
 
 
@@ -197,7 +306,9 @@ def metrics(confusion: Tensor, classes: Classes) -> dict:
     names = list(dict.fromkeys(classes.categories))
     # Classes of one category are merged first: a car taken for a bus is a vehicle found.
     member = np.array([[category == name for category in classes.categories] for name in names], dtype=np.int64)
-    category_iou = intersection_over_union(member @ matrix @ member.T) if names else np.empty(0)
+    n = len(matrix)
+    merged = np.hstack([member @ matrix[:, :n] @ member.T, member @ matrix[:, n:]]) if names else np.empty((0, 0))
+    category_iou = intersection_over_union(merged)
     return {
         "miou": _mean(class_iou),
         "pixel_accuracy": int(np.trace(matrix)) / total if total else None,
@@ -225,11 +336,21 @@ def format_table(result: dict) -> str:
 
     lines = rows("IoU per class, %", result["class_iou"], result["miou"])
     lines += rows("IoU per category, %", result["category_iou"], result["category_miou"])
+    if "miiou" in result:
+        lines += rows("iIoU per class, %", result["class_iiou"], result["miiou"])
+        lines += rows("iIoU per category, %", result["category_iiou"], result["category_miiou"])
     return "\n".join([*lines, f"pixel accuracy, %  {_percent(result['pixel_accuracy'])}"])
 
 
 def _percent(value: float | None) -> str:
     return "     -" if value is None else f"{100 * value:6.2f}"
+
+
+def write_submission(dataset: SegmentationDataset, folder: Path, index: int, prediction: Tensor) -> None:
+    """Writes a prediction as label ids, named as Cityscapes' evaluation server and scripts look for it."""
+    label_ids = np.array(CITYSCAPES_LABEL_IDS, np.uint8)[prediction.cpu().numpy()]
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(label_ids).save(folder / f"{dataset.samples[index].image.name.removesuffix('_leftImg8bit.png')}_pred.png")
 
 
 # --------------------------------------------------------------------------------------------------------------- pictures
@@ -292,11 +413,27 @@ def run_evaluation(args: argparse.Namespace) -> dict:
         raise CheckpointError(
             f"{args.weights}: has other classes, such as {differing[0]}; choose the dataset it was trained on"
         )
+    if args.submit and args.dataset != "cityscapes":
+        raise UsageError(f"--submit writes Cityscapes' label ids, which {args.dataset} does not have")
     device, rank, world_size = start_processes(args.device)
     segment = accelerate(model, device=device, precision=PRECISIONS[args.amp or "off"], mean=MEAN, std=STD)
     sheet = ContactSheet(dataset.classes, args.sheet_rows) if args.sheet and rank == 0 else None
-    confusion = evaluate(segment, dataset, device=device, workers=args.workers, rank=rank, world_size=world_size, sheet=sheet)
+    instances = InstanceScores() if all(sample.instances for sample in dataset.samples) else None
+    submit = functools.partial(write_submission, dataset, Path(args.submit)) if args.submit else None
+    confusion = evaluate(
+        segment,
+        dataset,
+        device=device,
+        workers=args.workers,
+        rank=rank,
+        world_size=world_size,
+        sheet=sheet,
+        instances=instances,
+        each=submit,
+    )
     result = metrics(confusion, dataset.classes)
+    if instances is not None:
+        result |= instances.metrics(confusion)
     if args.compare:
         exact = accelerate(model, device=device, precision=torch.float32, mean=MEAN, std=STD)
         agreement = []  # of each image, share of the pixels with the same label
@@ -587,6 +724,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", metavar="ROOT", help="the dataset's folder (default: datasets/NAME)")
     parser.add_argument("--split", default="val", help="split to evaluate, or several joined by + (default: %(default)s)")
     parser.add_argument("--compare", action="store_true", help="also evaluate in float32, and print the difference in mIoU")
+    parser.add_argument(
+        "--submit", metavar="DIR", help="also write the predictions as label ids, for Cityscapes' evaluation server"
+    )
     parser.add_argument("--sheet", metavar="FILE", help="also write a contact sheet: image | truth | prediction")
     parser.add_argument("--sheet-rows", type=int, default=6, metavar="N", help="images on the sheet (default: %(default)s)")
     parser.add_argument("--predict", metavar="PATH", help="segment this picture, or all below this folder, instead")
