@@ -24,13 +24,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ from data import (
     Classes,
     DataError,
     SegmentationDataset,
+    normalise,
     open_dataset,
     read_image,
 )
@@ -284,6 +286,40 @@ def evaluate(
     return confusion.cpu()
 
 
+def averaging(
+    model: FastSCNN, device: torch.device, scales: Sequence[float], flip: bool, dtype: torch.dtype | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Labels from the mean of the class probabilities at several scales, and of mirrored images too.
+
+    Args:
+        model: the network.
+        device: where to run.
+        scales: factors of the input's height and width; the probabilities are taken at its full resolution.
+        flip: also mirror each.
+        dtype: of mixed precision; None for float32.
+
+    Returns:
+        From (N, H, W, 3) uint8 RGB to (N, H, W) uint8 labels on `device`.
+    """
+    model = copy.deepcopy(model).eval().to(device, memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def segment(images: Tensor) -> Tensor:
+        pixels = normalise(images.to(device))  # (N, 3, H, W)
+        total = 0
+        for scale in scales:
+            size = [max(MIN_SIZE, round(side * scale)) for side in pixels.shape[2:]]
+            resized = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=scale < 1)
+            for mirrored in (False, True) if flip else (False,):
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    scores = model(resized.flip(3) if mirrored else resized)
+                scores = scores.flip(3) if mirrored else scores
+                total = total + F.interpolate(scores.float(), pixels.shape[2:], mode="bilinear", align_corners=False).softmax(1)
+        return total.argmax(1).to(torch.uint8)
+
+    return segment
+
+
 def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
     """TP / (TP + FP + FN) of each class; NaN for one that occurs neither in truth nor in prediction.
 
@@ -413,10 +449,18 @@ def run_evaluation(args: argparse.Namespace) -> dict:
         raise CheckpointError(
             f"{args.weights}: has other classes, such as {differing[0]}; choose the dataset it was trained on"
         )
+    if min(args.scales) <= 0:
+        raise UsageError(f"--scales are {' '.join(map(str, args.scales))}, expected factors above 0 such as 0.75 1.0 1.25")
+    if args.compare and (args.scales != [1.0] or args.flip):
+        raise UsageError("--compare is of one scale; leave out --scales and --flip")
     if args.submit and args.dataset != "cityscapes":
         raise UsageError(f"--submit writes Cityscapes' label ids, which {args.dataset} does not have")
     device, rank, world_size = start_processes(args.device)
-    segment = accelerate(model, device=device, precision=PRECISIONS[args.amp or "off"], mean=MEAN, std=STD)
+    averaged = args.scales != [1.0] or args.flip
+    if averaged:
+        segment = averaging(model, device, args.scales, args.flip, AMP_DTYPES.get(args.amp or "off"))
+    else:
+        segment = accelerate(model, device=device, precision=PRECISIONS[args.amp or "off"], mean=MEAN, std=STD)
     sheet = ContactSheet(dataset.classes, args.sheet_rows) if args.sheet and rank == 0 else None
     instances = InstanceScores() if all(sample.instances for sample in dataset.samples) else None
     submit = functools.partial(write_submission, dataset, Path(args.submit)) if args.submit else None
@@ -460,7 +504,8 @@ def run_evaluation(args: argparse.Namespace) -> dict:
         if sheet is not None:
             sheet.save(args.sheet)
             print(f"wrote {args.sheet}")
-    return {"dataset": args.dataset, "split": args.split, "images": len(dataset), **result}
+    protocol = {"scales": args.scales, "flip": args.flip}
+    return {"dataset": args.dataset, "split": args.split, "images": len(dataset), **protocol, **result}
 
 
 def run_prediction(args: argparse.Namespace) -> dict:
@@ -723,6 +768,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", default="cityscapes", help="cityscapes, camvid or folder (default: %(default)s)")
     parser.add_argument("--data", metavar="ROOT", help="the dataset's folder (default: datasets/NAME)")
     parser.add_argument("--split", default="val", help="split to evaluate, or several joined by + (default: %(default)s)")
+    parser.add_argument(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="S",
+        help="factors of the input's size, whose class probabilities are averaged at full resolution; 0.5 is the paper's half "
+        "resolution (default: 1.0)",
+    )
+    parser.add_argument("--flip", action="store_true", help="also average over the mirrored image")
     parser.add_argument("--compare", action="store_true", help="also evaluate in float32, and print the difference in mIoU")
     parser.add_argument(
         "--submit", metavar="DIR", help="also write the predictions as label ids, for Cityscapes' evaluation server"

@@ -7,7 +7,7 @@ from PIL import Image
 
 import eval as evaluation
 from conftest import last_json, shared_data
-from data import CITYSCAPES, CITYSCAPES_LABEL_IDS, IGNORE, DataError, Sample, SegmentationDataset, open_dataset
+from data import CITYSCAPES, CITYSCAPES_LABEL_IDS, IGNORE, DataError, Sample, SegmentationDataset, normalise, open_dataset
 from eval import InstanceScores, exit_status, metrics
 from model import FastSCNN, build_from_checkpoint, read_checkpoint
 from ops_ext import accelerate, confusion_matrix
@@ -158,3 +158,38 @@ def test_bad_map_of_instances_is_named(drawn, tmp_path):
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(wrong)
     with pytest.raises(DataError, match=r"x_instanceIds.png: \(9, 9\) pixels, its label map \(96, 192\)"):
         evaluation.WithInstances(dataset)[0]
+
+
+def test_averaging_over_scales_and_mirror_images(drawn):
+    torch.manual_seed(0)
+    model, cpu = FastSCNN(19).eval(), torch.device("cpu")
+    image = open_dataset("cityscapes", drawn, "val")[0][0][None]
+    plain = accelerate(model, precision=torch.float32)(image)
+    assert (evaluation.averaging(model, cpu, [1.0], False)(image) == plain).float().mean() > 0.999
+    # Mirrored in, mirrored out.
+    segment = evaluation.averaging(model, cpu, [0.5, 1.5], True)
+    assert (segment(image).flip(2) == segment(image.flip(2))).float().mean() > 0.999
+    # By hand, with Pillow's filter for the smaller input.
+    total = 0
+    for size in ((48, 96), (96, 192)):
+        part = torch.from_numpy(np.array(Image.fromarray(image[0].numpy()).resize(size[::-1], Image.Resampling.BILINEAR)))[None]
+        with torch.no_grad():
+            scores = model(normalise(part))
+        total = total + torch.nn.functional.interpolate(scores, (96, 192), mode="bilinear").softmax(1)
+    labels = evaluation.averaging(model, cpu, [0.5, 1.0], False)(image)
+    assert (labels == total.argmax(1)).float().mean() > 0.97
+
+
+def test_protocol_is_stated_and_checked(drawn, tmp_path, capsys):
+    model = FastSCNN(19)
+    torch.save({"model": model.state_dict(), "model_args": model.args}, tmp_path / "w.pth")
+
+    def run(*flags):
+        argv = ["--weights", str(tmp_path / "w.pth"), "--data", str(drawn), "--device", "cpu", "--workers", "0", *flags]
+        return exit_status("eval.py", lambda: evaluation.main(argv))
+
+    assert run("--scales", "0.5", "1.0", "--flip") == 0
+    result = last_json(capsys.readouterr().out)
+    assert result["scales"] == [0.5, 1.0] and result["flip"] is True
+    assert run("--scales", "0") == 2 and "--scales are 0.0" in capsys.readouterr().err
+    assert run("--scales", "0.5", "--compare") == 2 and "--compare is of one scale" in capsys.readouterr().err
