@@ -286,8 +286,35 @@ def evaluate(
     return confusion.cpu()
 
 
+def slide(network: Callable[[Tensor], Tensor], x: Tensor, window: Sequence[int]) -> Tensor:
+    """(N, C, H, W) scores of a network that sees windows of (height, width) alone, averaged where they overlap.
+
+    Windows lie at most two thirds of their size apart; on an image that one of them covers this is the network's own result.
+    """
+    height, width = (min(size, side) for size, side in zip(window, x.shape[2:]))
+
+    def starts(side: int, size: int) -> list[int]:
+        steps = math.ceil((side - size) / max(1, size * 2 // 3))
+        return [round(i * (side - size) / steps) for i in range(steps + 1)] if steps else [0]
+
+    total, count = None, x.new_zeros(x.shape[2:])
+    for top in starts(x.shape[2], height):
+        for left in starts(x.shape[3], width):
+            part = slice(top, top + height), slice(left, left + width)
+            scores = network(x[(..., *part)]).float()
+            total = scores.new_zeros((*scores.shape[:2], *x.shape[2:])) if total is None else total
+            total[(..., *part)] += scores
+            count[part] += 1
+    return total / count
+
+
 def averaging(
-    model: FastSCNN, device: torch.device, scales: Sequence[float], flip: bool, dtype: torch.dtype | None = None
+    model: FastSCNN,
+    device: torch.device,
+    scales: Sequence[float],
+    flip: bool,
+    dtype: torch.dtype | None = None,
+    window: Sequence[int] | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """Labels from the mean of the class probabilities at several scales, and of mirrored images too.
 
@@ -297,6 +324,7 @@ def averaging(
         scales: factors of the input's height and width; the probabilities are taken at its full resolution.
         flip: also mirror each.
         dtype: of mixed precision; None for float32.
+        window: height and width of what the network sees at once; None for all.
 
     Returns:
         From (N, H, W, 3) uint8 RGB to (N, H, W) uint8 labels on `device`.
@@ -312,7 +340,8 @@ def averaging(
             resized = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=scale < 1)
             for mirrored in (False, True) if flip else (False,):
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    scores = model(resized.flip(3) if mirrored else resized)
+                    source = resized.flip(3) if mirrored else resized
+                    scores = slide(model, source, window) if window else model(source)
                 scores = scores.flip(3) if mirrored else scores
                 total = total + F.interpolate(scores.float(), pixels.shape[2:], mode="bilinear", align_corners=False).softmax(1)
         return total.argmax(1).to(torch.uint8)
@@ -451,14 +480,15 @@ def run_evaluation(args: argparse.Namespace) -> dict:
         )
     if min(args.scales) <= 0:
         raise UsageError(f"--scales are {' '.join(map(str, args.scales))}, expected factors above 0 such as 0.75 1.0 1.25")
-    if args.compare and (args.scales != [1.0] or args.flip):
-        raise UsageError("--compare is of one scale; leave out --scales and --flip")
+    if args.window and min(args.window) < MIN_SIZE:
+        raise UsageError(f"--window is {args.window[0]} {args.window[1]}, expected at least {MIN_SIZE} pixels each")
+    if args.compare and (args.scales != [1.0] or args.flip or args.window):
+        raise UsageError("--compare is of one scale; leave out --scales, --flip and --window")
     if args.submit and args.dataset != "cityscapes":
         raise UsageError(f"--submit writes Cityscapes' label ids, which {args.dataset} does not have")
     device, rank, world_size = start_processes(args.device)
-    averaged = args.scales != [1.0] or args.flip
-    if averaged:
-        segment = averaging(model, device, args.scales, args.flip, AMP_DTYPES.get(args.amp or "off"))
+    if args.scales != [1.0] or args.flip or args.window:
+        segment = averaging(model, device, args.scales, args.flip, AMP_DTYPES.get(args.amp or "off"), args.window)
     else:
         segment = accelerate(model, device=device, precision=PRECISIONS[args.amp or "off"], mean=MEAN, std=STD)
     sheet = ContactSheet(dataset.classes, args.sheet_rows) if args.sheet and rank == 0 else None
@@ -504,7 +534,7 @@ def run_evaluation(args: argparse.Namespace) -> dict:
         if sheet is not None:
             sheet.save(args.sheet)
             print(f"wrote {args.sheet}")
-    protocol = {"scales": args.scales, "flip": args.flip}
+    protocol = {"scales": args.scales, "flip": args.flip, "window": args.window}
     return {"dataset": args.dataset, "split": args.split, "images": len(dataset), **protocol, **result}
 
 
@@ -778,6 +808,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         "resolution (default: 1.0)",
     )
     parser.add_argument("--flip", action="store_true", help="also average over the mirrored image")
+    parser.add_argument(
+        "--window",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="let the network see overlapping windows of this size in pixels, for images that do not fit in memory",
+    )
     parser.add_argument("--compare", action="store_true", help="also evaluate in float32, and print the difference in mIoU")
     parser.add_argument(
         "--submit", metavar="DIR", help="also write the predictions as label ids, for Cityscapes' evaluation server"

@@ -91,7 +91,7 @@ def test_two_processes_give_exactly_the_metrics_of_one(weights, drawn):
     assert result == last_json(two.stdout)
     assert result["images"] == 5 and result["dataset"] == "cityscapes" and result["split"] == "val"
     figures = {"miou", "class_iou", "category_miou", "category_iou", "miiou", "class_iiou", "category_miiou", "category_iiou"}
-    assert set(result) == {"dataset", "split", "images", "pixel_accuracy", "scales", "flip"} | figures
+    assert set(result) == {"dataset", "split", "images", "pixel_accuracy", "scales", "flip", "window"} | figures
 
 
 def test_evaluation_counts_every_labelled_pixel_once(weights, drawn, capsys):

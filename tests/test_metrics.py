@@ -180,6 +180,24 @@ def test_averaging_over_scales_and_mirror_images(drawn):
     assert (labels == total.argmax(1)).float().mean() > 0.97
 
 
+def test_windows_cover_the_image_and_their_means_are_taken():
+    seen = []
+
+    def network(x):
+        seen.append(x.shape[2:])
+        return torch.cat([x[:, :1], torch.full_like(x[:, :1], float(len(seen)))], 1)
+
+    x = torch.randn(2, 3, 100, 70)
+    scores = evaluation.slide(network, x, (40, 96))
+    # Four rows of windows, at 0, 20, 40 and 60, as wide as the image.
+    assert seen == [(40, 70)] * 4
+    torch.testing.assert_close(scores[:, :1], x[:, :1])
+    assert scores[0, 1, [0, 19, 20, 39, 40, 60, 80, 99], 5].tolist() == [1, 1, 1.5, 1.5, 2.5, 3.5, 4, 4]
+    model = FastSCNN(4).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(evaluation.slide(model, x[..., :64], (128, 64)), model(x[..., :64]))
+
+
 def test_protocol_is_stated_and_checked(drawn, tmp_path, capsys):
     model = FastSCNN(19)
     torch.save({"model": model.state_dict(), "model_args": model.args}, tmp_path / "w.pth")
@@ -191,5 +209,8 @@ def test_protocol_is_stated_and_checked(drawn, tmp_path, capsys):
     assert run("--scales", "0.5", "1.0", "--flip") == 0
     result = last_json(capsys.readouterr().out)
     assert result["scales"] == [0.5, 1.0] and result["flip"] is True
+    assert run("--window", "64", "96") == 0
+    assert last_json(capsys.readouterr().out)["window"] == [64, 96]
+    assert run("--window", "16", "96") == 2 and "--window is 16 96, expected at least 32" in capsys.readouterr().err
     assert run("--scales", "0") == 2 and "--scales are 0.0" in capsys.readouterr().err
     assert run("--scales", "0.5", "--compare") == 2 and "--compare is of one scale" in capsys.readouterr().err
