@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import statistics
 import time
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from .deployed import fold_batch_norm
 
 MIN_SIZE = 32  # of an image's sides, in pixels
 MULTIPLE = 32  # of which the kernels' channels are in bfloat16, and half of it in float32
@@ -45,7 +48,10 @@ class FusedFastSCNN:
         first = (torch.tensor(mean) * 255, weight.permute(2, 3, 1, 0).reshape(27, -1).contiguous(), bias)
         self.stem = (*first, *self._separable(down.dsconv1), *self._separable(down.dsconv2))
         self.bottlenecks = [self._bottleneck(block) for block in blocks]
-        self.pyramid = self._pyramid(features.pyramid_pooling)
+        # A dense 3x3 convolution after the pyramid (mmseg's) is one that PyTorch's library does well.
+        dense = features.pyramid_pooling.project.conv.kernel_size != (1, 1)
+        self.pyramid = None if dense else self._pyramid(features.pyramid_pooling)
+        self.dense_pyramid = self._in_pytorch(features.pyramid_pooling) if dense else None
         self.classes = classifier.conv.out_channels
         self.head = (
             *self._depthwise(fusion.depthwise),
@@ -105,9 +111,15 @@ class FusedFastSCNN:
         return {
             "learning to downsample": lambda: ops.stem_block(images, *self.stem, detail),
             "bottlenecks": bottlenecks,
-            "pyramid pooling": lambda: ops.pyramid_block(others[-1], *self.pyramid, context),
+            "pyramid pooling": lambda: self._pool(others[-1], context),
             "fusion and classifier": lambda: ops.head_block(detail, context, *self.head, scores),
         }
+
+    def _pool(self, x: Tensor, context: Tensor) -> None:
+        if self.dense_pyramid is None:
+            torch.ops.ops_ext.pyramid_block(x, *self.pyramid, context)
+        else:
+            context.copy_(self.dense_pyramid(x.bfloat16() if self.half else x))
 
     def _maps(self, n: int, height: int, width: int) -> list[Tensor]:
         """Memory for what the blocks give each other: detail, bottlenecks, context, scores."""
@@ -121,7 +133,8 @@ class FusedFastSCNN:
         for *_, bias, stride, _ in self.bottlenecks:
             h, w = (h - 1) // stride + 1, (w - 1) // stride + 1
             maps.append(empty(bias.shape[0], h, w))
-        return [*maps, empty(self.pyramid[-1].shape[0], h, w), scores]
+        context = self.dense_pyramid.project.conv.out_channels if self.pyramid is None else self.pyramid[-1].shape[0]
+        return [*maps, empty(context, h, w), scores]
 
     # Weights as the kernels take them, with channels of zeros up to a number that they divide.
 
@@ -156,6 +169,11 @@ class FusedFastSCNN:
         own, levels = weight.flatten(1).split([weight.shape[1] // 2] * 2, 1)  # of the input, of its averages
         narrow = torch.cat([each.flatten(1).t() for each, _ in reduce]).contiguous()
         return (narrow, torch.cat([each for _, each in reduce]), levels.t().contiguous(), self._packed(own), bias)
+
+    def _in_pytorch(self, module: nn.Module) -> nn.Module:
+        module = copy.deepcopy(module).eval()
+        fold_batch_norm(module)
+        return module.to(torch.bfloat16 if self.half else torch.float32, memory_format=torch.channels_last)
 
     def _fusion(self, fusion: nn.Module) -> tuple[Tensor, Tensor]:
         """The convolutions of the context and of the detail as one, of both side by side."""
