@@ -20,7 +20,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,8 @@ IGNORE = 255  # train id of pixels that count neither in the loss nor in the met
 UNKNOWN = 254  # train id of values that a label file must not hold
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in units of 1
 STD = (0.229, 0.224, 0.225)
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
+SAME_COLOUR = (1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 PADDING_RGB = tuple(round(255 * m) for m in MEAN)  # 0 after normalisation
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp")
 
@@ -311,7 +313,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
             image, label = self.read(index)
             width, height = label.size
         if not isinstance(key, int):
-            image, label = self.augmentation.draw((height, width), key[:2]).of(image, label)
+            labels = thumbnail(np.asarray(label)) if self.augmentation.max_class_share < 1 else None
+            image, label = self.augmentation.draw((height, width), key[:2], labels).of(image, label)
         return torch.from_numpy(np.array(image)), torch.from_numpy(np.array(label))
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
@@ -353,12 +356,21 @@ def normalise(images: Tensor) -> Tensor:
 class Augmentation:
     """Section 4.1: random resize, crop, horizontal flip, channel noise and brightness; one seed, any number of workers.
 
+    Beyond the paper, and off unless asked for: contrast, saturation and hue, crops without a class that fills them, and a first
+    part of the training at half the resolution.
+
     Attributes:
         crop_hw: height and width of the crop in pixels; what lies outside the image is the mean colour, and ignored.
         scale_range: bounds of the factor by which the image is resized before the crop; (1, 1) for none.
         flip: mirror half of the crops.
         brightness: the image is multiplied by a factor from 1 - brightness to 1 + brightness.
         channel_noise: each colour channel is multiplied by a factor from 1 - channel_noise to 1 + channel_noise.
+        contrast: the distance to medium grey is multiplied by a factor from 1 - contrast to 1 + contrast.
+        saturation: the distance to the grey of the same luma is multiplied by a factor from 1 - saturation to 1 + saturation.
+        hue: colours turn around the grey axis by an angle from -hue to hue, in degrees.
+        max_class_share: a crop whose most frequent class fills more of its labelled pixels is drawn again, up to 10 times
+            (MMSegmentation's cat_max_ratio); 1 for never.
+        half_epochs: up to this epoch, counted from 1, crops and resize factors are half as large.
         seed: of the random numbers, together with the key of each sample.
     """
 
@@ -367,29 +379,64 @@ class Augmentation:
     flip: bool = True
     brightness: float = 0.3
     channel_noise: float = 0.1
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    max_class_share: float = 1.0
+    half_epochs: int = 0
     seed: int = 0
 
     def __call__(self, image: Image.Image, label: Image.Image, key: Sequence[int]) -> tuple[Image.Image, Image.Image]:
         """The crop of an RGB image and of its label map that belongs to `key` (epoch, position in the epoch)."""
-        return self.draw((image.height, image.width), key).of(image, label)
+        return self.draw((image.height, image.width), key, thumbnail(np.asarray(label))).of(image, label)
 
-    def draw(self, image_hw: tuple[int, int], key: Sequence[int]) -> Crop:
-        """The random numbers that belong to `key` (epoch, position in the epoch), for an image of this size."""
+    def draw(self, image_hw: tuple[int, int], key: Sequence[int], labels: np.ndarray | None = None) -> Crop:
+        """The random numbers that belong to `key` (epoch, position in the epoch), for an image of this size.
+
+        labels: `thumbnail` of its label map, which max_class_share looks at.
+        """
         rng = np.random.default_rng((self.seed, *key))
-        scale = rng.uniform(*self.scale_range)
-        scaled_hw = tuple(max(1, round(size * scale)) for size in image_hw)
-        # Where the crop starts in the resized image. A negative start is padding: the smaller image then lies anywhere
-        # in the crop, which is the translation of the paper.
-        top, left = (
-            int(rng.integers(min(0, scaled - crop), max(0, scaled - crop), endpoint=True))
-            for scaled, crop in zip(scaled_hw, self.crop_hw)
-        )
+        factor = 0.5 if self.half_epochs and key[0] <= self.half_epochs else 1.0
+        crop_hw = tuple(round(size * factor) for size in self.crop_hw)
+        for _ in range(10):
+            scale = factor * rng.uniform(*self.scale_range)
+            scaled_hw = tuple(max(1, round(size * scale)) for size in image_hw)
+            # Where the crop starts in the resized image. A negative start is padding: the smaller image then lies anywhere
+            # in the crop, which is the translation of the paper.
+            top, left = (
+                int(rng.integers(min(0, scaled - crop), max(0, scaled - crop), endpoint=True))
+                for scaled, crop in zip(scaled_hw, crop_hw)
+            )
+            crop = Crop(crop_hw, tuple(image_hw), scaled_hw, (top, left))
+            if labels is None or self.max_class_share >= 1 or crop.largest_share(labels) <= self.max_class_share:
+                break
         flip = bool(self.flip and rng.random() < 0.5)
-        gains = (1.0, 1.0, 1.0)
+        return replace(crop, flip=flip, colour=self._colour(rng))
+
+    def _colour(self, rng: np.random.Generator) -> tuple[float, ...]:
+        """A random 3x4 matrix, row by row, from (red, green, blue, 1) to new colours."""
+        colour = np.eye(3, 4)
         if self.brightness or self.channel_noise:
             gain = rng.uniform(1 - self.brightness, 1 + self.brightness)
-            gains = tuple(gain * rng.uniform(1 - self.channel_noise, 1 + self.channel_noise, size=3))
-        return Crop(self.crop_hw, tuple(image_hw), scaled_hw, (top, left), flip, gains)
+            colour = np.diag(gain * rng.uniform(1 - self.channel_noise, 1 + self.channel_noise, size=3)) @ colour
+        if self.contrast:
+            factor = rng.uniform(1 - self.contrast, 1 + self.contrast)
+            colour = factor * colour
+            colour[:, 3] += 127.5 * (1 - factor)
+        if self.saturation:
+            factor = rng.uniform(1 - self.saturation, 1 + self.saturation)
+            colour = (factor * np.eye(3) + (1 - factor) * np.array(LUMA)) @ colour
+        if self.hue:
+            # Rodrigues' rotation around the axis (1, 1, 1) / sqrt(3).
+            angle = np.deg2rad(rng.uniform(-self.hue, self.hue))
+            turn = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+            colour = (np.eye(3) + np.sin(angle) * turn + (1 - np.cos(angle)) * turn @ turn) @ colour
+        return tuple(colour.ravel().tolist())
+
+
+def thumbnail(label: np.ndarray) -> np.ndarray:
+    """Every eighth pixel of an (H, W) label map, copied: enough to see which classes fill a crop."""
+    return label[::8, ::8].copy()
 
 
 @dataclass(frozen=True)
@@ -402,15 +449,15 @@ class Crop:
         scaled_hw: of the resized image.
         start: row and column of the resized image where the crop begins; negative: padding comes first.
         flip: mirrored.
-        gains: factors of the colour channels.
+        colour: 3x4 matrix, row by row, from (red, green, blue, 1) to new colours.
     """
 
     crop_hw: tuple[int, int]
     image_hw: tuple[int, int]
     scaled_hw: tuple[int, int]
     start: tuple[int, int]
-    flip: bool
-    gains: tuple[float, float, float]
+    flip: bool = False
+    colour: tuple[float, ...] = SAME_COLOUR
 
     def _inside(self) -> list[tuple[int, int]]:
         """Rows and columns of the resized image that lie in the crop, half-open."""
@@ -428,6 +475,12 @@ class Crop:
             reach = max(1, size / scaled) + 1  # of the resizing filter
             slices.append(slice(max(0, int(a - reach)), min(size, int(b + reach) + 1)))
         return tuple(slices)
+
+    def largest_share(self, labels: np.ndarray) -> float:
+        """Share of the labelled pixels that its most frequent class has, by the `thumbnail` of the image's label map."""
+        part = tuple(slice(int(a / 8), int(b / 8) + 1) for a, b in self._box())
+        counts = np.bincount(labels[part].ravel(), minlength=IGNORE + 1)[:IGNORE]
+        return counts.max() / max(1, counts.sum())
 
     def of(self, image: Image.Image | np.ndarray, label: Image.Image | np.ndarray) -> tuple[Image.Image, Image.Image]:
         """The crop of an RGB image and of its label map, which may be arrays, (H, W, 3) and (H, W) uint8."""
@@ -452,10 +505,14 @@ class Crop:
             image, label = whole_image, whole_label
         if self.flip:
             image, label = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), label.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.gains != (1.0, 1.0, 1.0):
-            gains = np.array(self.gains)[:, None]
-            lookup = np.clip(np.arange(256) * gains + 0.5, 0, 255).astype(np.uint8)  # (3, 256), one table per channel
-            image = image.point(lookup.ravel().tolist())
+        if self.colour != SAME_COLOUR:
+            matrix = np.array(self.colour).reshape(3, 4)
+            gains = matrix.diagonal()[:, None]
+            if (matrix == gains * np.eye(3, 4)).all():  # one table per channel is faster
+                lookup = np.clip(np.arange(256) * gains + 0.5, 0, 255).astype(np.uint8)  # (3, 256)
+                image = image.point(lookup.ravel().tolist())
+            else:
+                image = image.convert("RGB", self.colour)
         return image, label
 
 
@@ -606,28 +663,30 @@ class DeviceCache:
         h, w = self.sizes[0]
         self.images = torch.empty((len(part), 3, h, w), dtype=torch.uint8, device=device) if uniform else [None] * len(part)
         self.labels = torch.empty((len(part), h, w), dtype=torch.uint8, device=device) if uniform else [None] * len(part)
+        self.thumbnails: list[np.ndarray] = []
         for at, image, label in _decoded(part, threads):
             if label.shape != tuple(self.sizes[at]):
                 raise DataError(f"{part.samples[at].image}: has other sizes than its head says; replace the file")
             self.images[at] = torch.from_numpy(image).to(device).permute(2, 0, 1).contiguous()
             self.labels[at] = torch.from_numpy(label).to(device)
+            self.thumbnails.append(thumbnail(label))
 
     def batch(self, keys: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
         """The crops of (epoch, position, index) keys: (N, h, w, 3) uint8 RGB and (N, h, w) uint8 train ids on the device."""
         at = [self.place[index] for _, _, index in keys]
-        crops = [self.augmentation.draw(tuple(self.sizes[i]), key[:2]) for i, key in zip(at, keys)]
+        crops = [self.augmentation.draw(tuple(self.sizes[i]), key[:2], self.thumbnails[i]) for i, key in zip(at, keys)]
         images, labels = self._gathered(at)
         # Small arrays, in one copy: for both axes the centres of the crop's pixels in pixels of the image, NaN outside it.
         axes = [np.stack([_centres(crop, axis) for crop in crops]) for axis in (0, 1)]
         rest = [
-            [*crop.image_hw, *(max(1, s / t) for s, t in zip(crop.image_hw, crop.scaled_hw)), *crop.gains] for crop in crops
+            [*crop.image_hw, *(max(1, s / t) for s, t in zip(crop.image_hw, crop.scaled_hw)), *crop.colour] for crop in crops
         ]
         host = torch.from_numpy(np.concatenate([*axes, np.array(rest)], axis=1).astype(np.float32))
         if self.device.type != "cpu":
             host = host.pin_memory()
-        crop_h, crop_w = self.augmentation.crop_hw
-        rows, columns, rest = host.to(self.device, non_blocking=True).split([crop_h, crop_w, 7], dim=1)
-        height, width, reach_y, reach_x, *gains = rest.unbind(1)
+        rows, columns, rest = host.to(self.device, non_blocking=True).split([*crops[0].crop_hw, 4 + 12], dim=1)
+        height, width, reach_y, reach_x = rest[:, :4].unbind(1)
+        colour = rest[:, 4:].view(-1, 1, 3, 4)
 
         inside = ~(rows.isnan()[:, :, None] | columns.isnan()[:, None, :])  # (N, h, w)
         y, x = (c.nan_to_num().long().clamp(max=size - 1) for c, size in ((rows, labels.shape[1]), (columns, labels.shape[2])))
@@ -640,8 +699,8 @@ class DeviceCache:
         resized = down[:, None] @ images.to(precision) @ across[:, None].mT  # (N, 3, h, w)
         padding = torch.tensor(PADDING_RGB, device=self.device, dtype=torch.float32)
         image = resized.permute(0, 2, 3, 1).float().round_().where(inside[..., None], padding)  # (N, h, w, 3)
-        gains = torch.stack(gains, dim=1)[:, None, None]
-        return (image * gains + 0.5).clamp_(0, 255).to(torch.uint8), label
+        image = image @ colour[..., :3].mT + colour[..., 3:].mT
+        return (image + 0.5).clamp_(0, 255).to(torch.uint8), label
 
     def _gathered(self, at: list[int]) -> tuple[Tensor, Tensor]:
         """(N, 3, H, W) images and (N, H, W) label maps; smaller ones of a mixed batch are padded to the largest."""

@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
+import functools
 import itertools
 import json
+import math
 import os
 import resource
 import shutil
@@ -26,13 +29,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import (
@@ -49,10 +54,11 @@ from data import (
     free_memory,
     normalise,
     open_dataset,
+    read_label,
     size_text,
 )
 from eval import AMP_DTYPES, OneLineParser, UsageError, evaluate, exit_status, metrics, start_processes
-from model import VARIANTS, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint
+from model import VARIANTS, CheckpointError, FastSCNN, build_from_checkpoint, load_weights, read_checkpoint
 from ops_ext import accelerate, implementations, upsample_cross_entropy
 
 PAPER_BATCH = 12  # images, for which --base-lr is given
@@ -76,6 +82,15 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="random resize factor before the crop; narrow it for short runs (default: 0.5 2)")
     add("--augment", action=switch, default=True,
         help="resize, flip and recolour at random; without, only the position of a crop within the image is random")
+    add("--brightness", type=float, default=0.3, metavar="B", help="factor 1 - B to 1 + B on the image (default: %(default)s)")
+    add("--channel-noise", type=float, default=0.1, metavar="B", help="the same on each colour channel (default: %(default)s)")
+    add("--contrast", type=float, default=0.0, metavar="B", help="the same on the distance to grey (default: %(default)s)")
+    add("--saturation", type=float, default=0.0, metavar="B", help="the same on the colourfulness (default: %(default)s)")
+    add("--hue", type=float, default=0.0, metavar="DEGREES", help="turn of the colours, at most (default: %(default)s)")
+    add("--max-class-share", type=float, default=1.0, metavar="SHARE",
+        help="draw a crop anew, up to 10 times, whose most frequent class fills more than this of it (default: %(default)s, never)")
+    add("--half-resolution", type=float, default=0.0, metavar="SHARE",
+        help="share of the epochs, the first ones, with crops and images of half the size, four times as fast (default: %(default)s)")
     add("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
         help="decoding processes per training process; 0 decodes between steps (default: %(default)s)")
     add("--cache", choices=("none", "ram", "device"), default="none",
@@ -90,11 +105,29 @@ def get_args_parser() -> argparse.ArgumentParser:
         help=f"learning rate for {PAPER_BATCH} images; used is LR x batch / {PAPER_BATCH} (default: %(default)s)")
     add("--warmup-steps", type=int, default=200, metavar="N",
         help="steps of linear warm-up, at most a tenth of the run (default: %(default)s)")
-    add("--momentum", type=float, default=0.9, metavar="M", help="of SGD (default: %(default)s)")
+    add("--schedule", choices=("poly", "cosine"), default="poly",
+        help=f"how the rate falls to 0: with the power {POLY_POWER} as in the paper, or as half a cosine (default: %(default)s)")
+    add("--optimizer", choices=("sgd", "adamw"), default="sgd",
+        help="adamw wants a --base-lr ten times lower and a --weight-decay a thousand times higher (default: %(default)s)")
+    add("--momentum", type=float, default=0.9, metavar="M", help="of SGD, or AdamW's first beta (default: %(default)s)")
     add("--weight-decay", type=float, default=4e-5, metavar="W",
         help="of all but depthwise kernels, batch normalisation and biases (default: %(default)s)")
     add("--dropout", type=float, default=0.1, metavar="P", help="before the last layer (default: %(default)s)")
     add("--aux", action=switch, default=True, help="the two auxiliary losses")
+    add("--aux-weight", type=float, default=AUX_WEIGHT, metavar="W", help="of each of them (default: %(default)s)")
+    add("--label-smoothing", type=float, default=0.0, metavar="SHARE",
+        help="share of the target that is spread over all classes (default: %(default)s)")
+    add("--class-balance", type=float, default=0.0, metavar="POWER",
+        help="weight classes by their share of the training pixels to the power of -POWER; 0 for all alike, 0.5 where rare classes "
+        "matter (default: %(default)s)")
+    add("--ohem", type=float, default=0.0, metavar="P",
+        help="main loss over hard pixels alone, whose true class gets less than this probability, at least a sixteenth of all; 0 for "
+        "all pixels, usual are 0.3 to 0.7 (default: %(default)s)")
+    add("--ema", type=float, default=0.0, metavar="DECAY",
+        help="validate and save a moving average of the weights; 0 for the weights themselves, usual are 0.99 for runs of a few "
+        "thousand steps and 0.999 for long ones (default: %(default)s)")
+    add("--teacher", metavar="FILE", help="learn from the class probabilities of these trained weights too")
+    add("--teacher-weight", type=float, default=1.0, metavar="W", help="of that part of the loss (default: %(default)s)")
     add("--sync-bn", action=switch, default=True, help="batch normalisation over all processes (not on the CPU)")
     add("--freeze-bn", action="store_true", help="leave batch normalisation's statistics as they are")
     add("--variant", choices=VARIANTS, default="paper", help="network variant (default: %(default)s)")
@@ -128,18 +161,28 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
         fitting = max(1, args.batch_size // world_size) * world_size
         raise UsageError(f"--batch-size {args.batch_size} does not divide over {world_size} processes; give e.g. {fitting}")
     for least, names in (
-        (1, ("epochs", "val_every", "log_every", "keep")),
-        (0, ("workers", "warmup_steps", "momentum", "weight_decay", "dropout", "base_lr", "seed")),
+        (1, "epochs val_every log_every keep"),
+        (
+            0,
+            "workers warmup_steps momentum weight_decay dropout base_lr seed aux_weight class_balance teacher_weight hue ohem ema",
+        ),
     ):
-        for name in names:
+        for name in names.split():
             if getattr(args, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
     if args.benchmark is not None and args.benchmark < 1:
         raise UsageError(f"--benchmark is {args.benchmark}, expected at least 1 step")
-    if args.dropout >= 1:
-        raise UsageError(f"--dropout is {args.dropout}, expected less than 1")
-    if min(args.crop_size) < 32:
-        raise UsageError(f"--crop-size is {args.crop_size[0]} {args.crop_size[1]}, expected at least 32 pixels each")
+    for name in ("dropout", "ohem", "ema"):
+        if getattr(args, name) >= 1:
+            raise UsageError(f"--{name} is {getattr(args, name)}, expected less than 1")
+    for name in ("brightness", "channel_noise", "contrast", "saturation", "label_smoothing", "half_resolution"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to 1")
+    if not 0 < args.max_class_share <= 1:
+        raise UsageError(f"--max-class-share is {args.max_class_share}, expected a share above 0, at most 1")
+    least = 64 if args.half_resolution else 32
+    if min(args.crop_size) < least:
+        raise UsageError(f"--crop-size is {args.crop_size[0]} {args.crop_size[1]}, expected at least {least} pixels each")
     if not 0 < args.scale_range[0] <= args.scale_range[1]:
         raise UsageError(f"--scale-range is {args.scale_range[0]} {args.scale_range[1]}, expected 0 < MIN <= MAX")
     if args.loss_scale != "dynamic":
@@ -154,11 +197,12 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
 # ------------------------------------------------------------------------------------------------------ schedule and loss
 
 
-def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int) -> float:
-    """Poly schedule (section 4.1) of the step-th of total_steps steps, counted from 0, times a linear warm-up."""
+def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int, schedule: str = "poly") -> float:
+    """Rate of the step-th of total_steps steps, counted from 0: poly (section 4.1) or cosine, times a linear warm-up."""
     warmup_steps = min(warmup_steps, total_steps // 10)
     warmup = min(1.0, (step + 1) / (warmup_steps + 1))
-    return peak * warmup * (1 - step / total_steps) ** POLY_POWER
+    done = step / total_steps
+    return peak * warmup * ((1 - done) ** POLY_POWER if schedule == "poly" else 0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -169,21 +213,159 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
-    """SGD in one kernel where PyTorch has it for the device: with fp16 the plain one waits for the device at each step."""
+def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """The optimiser in one kernel where PyTorch has it for the device: with fp16 the plain one waits for the device at each step."""
     groups = parameter_groups(model, args.weight_decay)
+    if args.optimizer == "sgd":
+        make = functools.partial(torch.optim.SGD, groups, lr=args.lr, momentum=args.momentum)
+    else:
+        make = functools.partial(torch.optim.AdamW, groups, lr=args.lr, betas=(args.momentum, 0.999))
     try:
-        return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
+        return make(fused=True)
     except RuntimeError:
-        return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum)
+        return make()
 
 
-def loss_sum(outputs: Tensor | tuple[Tensor, ...], target: Tensor, align_corners: bool = False) -> Tensor:
-    """Cross-entropy summed over the pixels, of the main output and with AUX_WEIGHT of the auxiliary ones."""
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    options = {"ignore_index": IGNORE, "reduction": "sum", "align_corners": align_corners}
-    main, *aux = (upsample_cross_entropy(output, target, **options) for output in outputs)
-    return main + AUX_WEIGHT * sum(aux)
+@dataclass
+class Objective:
+    """The loss of a batch, and the parts of it that --ohem, --class-balance, --label-smoothing and --teacher switch on.
+
+    Attributes:
+        aux_weight: of each auxiliary loss.
+        label_smoothing: share of the target that is spread over all classes.
+        ohem: the main loss is over the pixels whose true class gets less than this probability; 0 for all.
+        class_weights: (C,) float32, None for 1.
+        teacher_weight: of the divergence from the teacher's probabilities.
+        align_corners: of the network's resizing.
+    """
+
+    aux_weight: float = AUX_WEIGHT
+    label_smoothing: float = 0.0
+    ohem: float = 0.0
+    class_weights: Tensor | None = None
+    teacher_weight: float = 0.0
+    align_corners: bool = False
+
+    def __call__(
+        self, outputs: Tensor | tuple[Tensor, ...], target: Tensor, teacher: Tensor | None = None, world_size: int = 1
+    ) -> Tensor:
+        """This process' part of the loss, so that the parts of all processes add up to it.
+
+        The mean is over the labelled pixels of all processes, weighted with their class' weights: however many processes share the
+        batch, the loss is that of one.
+
+        Args:
+            outputs: (N, C, h, w) logits at a lower resolution, of the main head and of the auxiliary ones.
+            target: (N, H, W) uint8 train ids.
+            teacher: (N, C, h, w) logits of the teacher.
+            world_size: number of processes.
+        """
+        main, *aux = outputs if isinstance(outputs, tuple) else (outputs,)
+        options = {
+            "ignore_index": IGNORE,
+            "weight": self.class_weights,
+            "label_smoothing": self.label_smoothing,
+            "align_corners": self.align_corners,
+        }
+        labelled = target != IGNORE
+        weights = labelled
+        if self.class_weights is not None:
+            weights = F.pad(self.class_weights, (0, 256 - len(self.class_weights)))[target.int()]  # 0 where ignored
+        counts = [weights.sum(dtype=torch.float32)]
+        if self.ohem:
+            losses = upsample_cross_entropy(main, target, reduction="none", **options)
+            hard = labelled & hard_pixels(losses.detach(), labelled, self.ohem)
+            main_sum = (losses * hard).sum()
+            counts.append((weights * hard).sum(dtype=torch.float32))
+        else:
+            main_sum = upsample_cross_entropy(main, target, reduction="sum", **options)
+        if teacher is not None:
+            rows, columns = (
+                torch.arange(size, device=target.device) * whole // size
+                for size, whole in zip(main.shape[2:], target.shape[1:])
+            )
+            taught = labelled[:, rows[:, None], columns]  # (N, h, w)
+            counts.append(taught.sum(dtype=torch.float32))
+        counts = torch.stack(counts)
+        if world_size > 1:
+            dist.all_reduce(counts)
+        counts = counts.clamp(min=1e-6)
+        aux_sum = sum(upsample_cross_entropy(output, target, reduction="sum", **options) for output in aux)
+        loss = main_sum / counts[1 if self.ohem else 0] + self.aux_weight * aux_sum / counts[0]
+        if teacher is not None:
+            log_p, log_q = main.float().log_softmax(1), teacher.float().log_softmax(1)
+            divergence = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)  # (N, h, w)
+            loss = loss + self.teacher_weight * (divergence * taught).sum() / counts[-1]
+        return loss
+
+
+def hard_pixels(losses: Tensor, labelled: Tensor, probability: float) -> Tensor:
+    """(N, H, W) bool: where the true class gets less than `probability`, and the hardest sixteenth in any case.
+
+    The sixteenth is found among every fourth pixel of every fourth row. Nothing here waits for the device.
+    """
+    sample = losses.where(labelled, -1.0)[:, ::4, ::4].flatten()
+    hardest = sample.topk(max(1, sample.numel() // 16), sorted=False).values.min()
+    return losses >= hardest.clamp(max=-math.log(probability))
+
+
+def class_weights(dataset: SegmentationDataset, power: float, threads: int = 4) -> Tensor:
+    """(C,) float32: each class' share of the labelled pixels to the power of -`power`, so that the mean over all pixels is 1.
+
+    Reads all label maps. A class that does not occur has the weight 0.
+    """
+
+    def count(index: int) -> np.ndarray:
+        if dataset.cache:
+            return np.bincount(dataset.cache[index][1].ravel(), minlength=256)
+        return np.bincount(np.asarray(read_label(dataset.samples[index].label, dataset.table)).ravel(), minlength=256)
+
+    with ThreadPoolExecutor(threads) as pool:
+        counts = sum(pool.map(count, range(len(dataset))))[: len(dataset.classes.names)]
+    share = counts / max(1, counts.sum())
+    weights = np.where(share > 0, np.maximum(share, 1e-12) ** -power, 0)
+    return torch.from_numpy(weights / max(1e-12, (weights * share).sum())).float()
+
+
+def make_objective(
+    args: argparse.Namespace,
+    model: FastSCNN,
+    dataset: SegmentationDataset,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    log: Log,
+) -> Objective:
+    """The loss as the flags have it; rank 0 counts the classes where they are to be weighted."""
+    weights = None
+    if args.class_balance:
+        names = dataset.classes.names
+        weights = class_weights(dataset, args.class_balance) if rank == 0 else torch.zeros(len(names))
+        weights = weights.to(device)
+        if world_size > 1:
+            dist.broadcast(weights, 0)
+        log.line(f"class weights {' '.join(f'{name}={weight:.2f}' for name, weight in zip(names, weights.tolist()))}")
+    return Objective(args.aux_weight, args.label_smoothing, args.ohem, weights, args.teacher_weight, model.align_corners)
+
+
+class MovingAverage:
+    """Exponential moving average of a network's parameters and statistics (Polyak averaging): `model` is the averaged network.
+
+    The decay of step t, counted from 1, is min(decay, t / (t + 9)), so that the first steps are soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.decay, self.steps = decay, 0
+        floating = [name for name, value in model.state_dict().items() if value.is_floating_point()]
+        self.pairs = [[each.state_dict()[name] for name in floating] for each in (self.model, model)]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After a step of the optimiser."""
+        self.steps += 1
+        decay = min(self.decay, self.steps / (self.steps + 9))
+        torch._foreach_lerp_(*self.pairs, 1 - decay)
 
 
 def choose_amp(name: str, device: torch.device) -> str:
@@ -270,6 +452,14 @@ class Run:
     world_size: int
     syncs_bn: bool
     log: Log
+    objective: Objective = field(default_factory=Objective)
+    average: MovingAverage | None = None
+    teacher: FastSCNN | None = None
+
+    @property
+    def best(self) -> FastSCNN:
+        """The network that is validated and saved: the average of --ema, or what is trained."""
+        return self.average.model if self.average else self.model
 
     @property
     def amp_dtype(self) -> torch.dtype | None:
@@ -292,21 +482,22 @@ def train_step(run: Run, images: Tensor, target: Tensor, mark: Callable[[str], N
     device = run.device
     images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
     mark("copy to the device")
-    # The mean is over the labelled pixels of all processes, whose gradients DDP averages: however many processes
-    # share the batch, the loss is that of one.
-    labelled = (target != IGNORE).sum()
-    if run.world_size > 1:
-        dist.all_reduce(labelled)
+    pixels = normalise(images)
     with torch.autocast(device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
-        outputs = run.wrapped(normalise(images), upsample=False)
+        if run.teacher:
+            with torch.no_grad():
+                taught = run.teacher(pixels, upsample=False)
+        outputs = run.wrapped(pixels, upsample=False)
     mark("forward")
-    loss = loss_sum(outputs, target, run.model.align_corners) / labelled.clamp(min=1)
+    loss = run.objective(outputs, target, taught if run.teacher else None, run.world_size)
     mark("loss")
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss * run.world_size).backward()
+    run.scaler.scale(loss * run.world_size).backward()  # DDP averages the gradients
     mark("backward")
     run.scaler.step(run.optimizer)
     run.scaler.update(None if run.args.loss_scale == "dynamic" else float(run.args.loss_scale))
+    if run.average:
+        run.average.update()
     mark("optimiser")
     return loss.detach()
 
@@ -332,7 +523,7 @@ def train_one_epoch(run: Run, loader: Iterable[tuple[Tensor, Tensor]], epoch: in
     step, last_step = (epoch - 1) * len(loader), epoch * len(loader)
     loss_total, steps_in_total = torch.zeros((), device=run.device), 0  # on the device: no step waits for the host
     for images, target in loader:
-        lr = learning_rate(step, total_steps, args.lr, args.warmup_steps)
+        lr = learning_rate(step, total_steps, args.lr, args.warmup_steps, args.schedule)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         loss_total += train_step(run, images, target)
@@ -368,9 +559,9 @@ def validate(run: Run, dataset: SegmentationDataset) -> dict:
         UsageError: no pixel of the split has a label.
     """
     if run.world_size > 1 and not run.syncs_bn:
-        for buffer in run.model.buffers():  # they differ by the last step: the statistics of rank 0 count, and are saved
+        for buffer in run.best.buffers():  # they differ by the last step: the statistics of rank 0 count, and are saved
             dist.broadcast(buffer, 0)
-    segment = accelerate(run.model, device=run.device, precision=run.amp_dtype or torch.float32, mean=MEAN, std=STD)
+    segment = accelerate(run.best, device=run.device, precision=run.amp_dtype or torch.float32, mean=MEAN, std=STD)
     confusion = evaluate(
         segment, dataset, device=run.device, workers=run.args.workers, rank=run.rank, world_size=run.world_size
     )
@@ -650,10 +841,12 @@ def finish_epoch(run: Run, val_set: SegmentationDataset, epoch: int, total_epoch
     def save_numbered(validated: bool) -> None:
         if run.rank == 0:
             state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "args": vars(args)}
+            if run.average:
+                state["trained"] = run.model.state_dict()  # of which `model` is the average
             save({**network, **state, "best_miou": best_miou, "validated": validated}, folder / f"{epoch}.pth")
 
     classes = val_set.classes.to_dict()
-    network = {"model": run.model.state_dict(), "model_args": run.model.args, "classes": classes, "epoch": epoch}
+    network = {"model": run.best.state_dict(), "model_args": run.model.args, "classes": classes, "epoch": epoch}
     due = epoch % args.val_every == 0 or epoch == total_epochs
     save_numbered(validated=not due)
     if due:
@@ -769,13 +962,19 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
 
     # Data and the checkpoint to resume from are looked at before anything is written or any process waits for another.
-    plain = {} if args.augment else {"flip": False, "brightness": 0.0, "channel_noise": 0.0}
-    scale_range = tuple(args.scale_range) if args.augment else (1.0, 1.0)
-    augmentation = Augmentation(tuple(args.crop_size), scale_range, **plain, seed=args.seed)
+    names = ("brightness", "channel_noise", "contrast", "saturation", "hue", "max_class_share")
+    choices = {name: getattr(args, name) for name in names}
+    if not args.augment:
+        choices = {"scale_range": (1.0, 1.0), "flip": False, "brightness": 0.0, "channel_noise": 0.0}
+    half_epochs = round(args.half_resolution * args.epochs)
+    augmentation = Augmentation(
+        tuple(args.crop_size), **{"scale_range": tuple(args.scale_range), **choices}, half_epochs=half_epochs, seed=args.seed
+    )
     train_set = open_dataset(args.dataset, args.data, args.split, augmentation)
     val_set = open_dataset(args.dataset, args.data, args.val_split)
     torch.manual_seed(args.seed)
     model = FastSCNN(len(train_set.classes.names), variant=args.variant, aux=args.aux, dropout=args.dropout)
+    teacher = load_weights(args.teacher, len(train_set.classes.names)) if args.teacher else None
     resumed = find_resume(args)
     begun = [init_weights(model, args.init_weights)] if args.init_weights and not resumed else []
     if resumed:
@@ -807,10 +1006,17 @@ def main(argv: list[str] | None = None) -> None:
         static_scale = {} if args.loss_scale == "dynamic" else {"init_scale": float(args.loss_scale)}
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16", **static_scale)
 
+        average = MovingAverage(model, args.ema) if args.ema else None
+        if teacher:
+            teacher.to(device, memory_format=torch.channels_last).requires_grad_(False)
+
         first_epoch, best_miou = 1, -1.0
         if resumed:
             path, checkpoint = resumed
-            model.load_state_dict(checkpoint["model"])
+            model.load_state_dict(checkpoint.get("trained", checkpoint["model"]))
+            if average:
+                average.model.load_state_dict(checkpoint["model"])
+                average.steps = checkpoint["epoch"] * len(batches)
             # The momenta are the checkpoint's, the hyper-parameters those of this run's flags.
             optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
             if scaler.is_enabled() and checkpoint["scaler"]:
@@ -829,7 +1035,8 @@ def main(argv: list[str] | None = None) -> None:
         if world_size > 1:
             device_ids = None if device.type == "cpu" else [device.index]
             wrapped = nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-        run = Run(args, model, wrapped, optimizer, scaler, device, rank, world_size, syncs_bn, log)
+        objective = make_objective(args, model, train_set, device, rank, world_size, log)
+        run = Run(args, model, wrapped, optimizer, scaler, device, rank, world_size, syncs_bn, log, objective, average, teacher)
         describe(run, len(train_set), len(val_set), len(batches))
         if args.benchmark:
             result = benchmark(run, loader, batches, args.benchmark)

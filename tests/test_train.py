@@ -18,7 +18,7 @@ from conftest import last_json, run_script
 from data import IGNORE
 from eval import exit_status
 from model import FastSCNN, load_weights, read_checkpoint
-from train import choose_amp, learning_rate, loss_sum, parameter_groups
+from train import Objective, choose_amp, learning_rate, parameter_groups
 
 
 def flags(root, out, **changes):
@@ -73,10 +73,11 @@ def test_weight_decay_spares_depthwise_kernels_norms_and_biases():
 def test_loss_weights_the_auxiliary_outputs_by_0_4():
     target = torch.zeros(1, 8, 8, dtype=torch.uint8)
     target[0, 0, 0] = IGNORE
-    flat = torch.zeros(1, 2, 4, 4)  # two equal scores: ln 2 per pixel, of which 63 count
-    expected = 63 * torch.log(torch.tensor(2.0))
-    torch.testing.assert_close(loss_sum(flat, target), expected)
-    torch.testing.assert_close(loss_sum((flat, flat, flat[..., :1, :1]), target), 1.8 * expected)
+    flat = torch.zeros(1, 2, 4, 4)  # two equal scores: ln 2 for each of the 63 pixels that count
+    expected = torch.log(torch.tensor(2.0))
+    torch.testing.assert_close(Objective()(flat, target), expected)
+    torch.testing.assert_close(Objective()((flat, flat, flat[..., :1, :1]), target), 1.8 * expected)
+    torch.testing.assert_close(Objective(aux_weight=0.1)((flat, flat, flat[..., :1, :1]), target), 1.2 * expected)
 
 
 def test_mixed_precision_is_chosen_by_the_hardware(monkeypatch):

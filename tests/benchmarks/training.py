@@ -141,7 +141,8 @@ def classic_sample(dataset, key: tuple[int, int, int]) -> tuple[np.ndarray, np.n
     image, label = image.crop(box), Image.composite(Image.new("L", CROP[::-1], IGNORE), label.crop(box), outside)
     if crop.flip:
         image, label = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), label.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    lookup = np.clip(np.arange(256) * np.array(crop.gains)[:, None] + 0.5, 0, 255).astype(np.uint8)
+    gains = np.array(crop.colour)[[0, 5, 10], None]
+    lookup = np.clip(np.arange(256) * gains + 0.5, 0, 255).astype(np.uint8)
     return np.array(image.point(lookup.ravel().tolist())), np.array(label)
 
 
