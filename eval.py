@@ -594,7 +594,7 @@ def run_benchmark(args: argparse.Namespace) -> dict:
     sizes = [args.size] if args.size else PAPER_SIZES
     if min(min(size) for size in sizes) < MIN_SIZE:
         raise UsageError(f"--size is {args.size[0]} {args.size[1]}, expected at least {MIN_SIZE} pixels each")
-    model = build_from_checkpoint(read_checkpoint(args.weights), args.weights) if args.weights else FastSCNN()
+    model = build_from_checkpoint(read_checkpoint(args.weights), args.weights) if args.weights else FastSCNN(variant=args.variant)
     device, rank, _ = start_processes(args.device)
     segment = accelerate(model, device=device, precision=PRECISIONS[args.amp or "auto"], mean=MEAN, std=STD)
     segments = {"": segment, **{name: RUNTIMES[name](model, device) for name in args.against}}
@@ -838,6 +838,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--as", dest="as_variant", choices=[name for name in VARIANTS if name != "paper"], help="which, for --export-weights"
     )
     parser.add_argument("--benchmark", action="store_true", help="measure the latency instead; needs no weights")
+    parser.add_argument(
+        "--variant", choices=VARIANTS, default="paper", help="network of a --benchmark without weights (default: %(default)s)"
+    )
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("H", "W"), help="pixels, for --benchmark (default: the paper's three sizes)"
     )

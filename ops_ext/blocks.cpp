@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <type_traits>
 #include <vector>
@@ -44,7 +45,11 @@ using Half = uint16_t;  // the bits of a bfloat16
 
 inline V load(const float* from) { return *reinterpret_cast<const Anywhere*>(from); }
 inline void store(float* to, const V& v) { *reinterpret_cast<Anywhere*>(to) = v; }
-inline V relu_of(const V& v) { return v > 0.0f ? v : V{}; }
+constexpr float NO_CEILING = std::numeric_limits<float>::infinity();
+inline V relu_of(const V& v, float ceiling) {  // ReLU, or ReLU6 with a ceiling of 6
+  const V low = v > 0.0f ? v : V{}, high = V{} + ceiling;
+  return low < high ? low : high;
+}
 
 // The channels that are handled at once: one vector of floats, or two of bfloat16, of which the first holds those in even places.
 template <class T>
@@ -157,7 +162,7 @@ struct TileSums {
 
   // To `count` pixels, `out` values apart.
   template <class To>
-  void finish(int64_t count, To* to, int64_t out, const float* added, bool relu) {
+  void finish(int64_t count, To* to, int64_t out, const float* added, bool relu, float ceiling) {
     _tile_stored(0, memory[0], 64);
     _tile_stored(1, memory[1], 64);
     if (count > 16) {
@@ -165,15 +170,19 @@ struct TileSums {
       _tile_stored(3, memory[3], 64);
     }
     memory_changes();
+    // Of numbers from 0 on, the larger bfloat16 is the larger whole number of its bits.
+    uint32_t bits;
+    std::memcpy(&bits, &ceiling, sizeof(bits));
+    const __m512i least = _mm512_setzero_si512(), most = _mm512_set1_epi16(static_cast<short>(bits >> 16));
     for (int64_t p = 0; p < count; ++p, to += out) {
       V first = load(memory[p / 16 * 2][p % 16]), second = load(memory[p / 16 * 2 + 1][p % 16]);
       if (added) first += load(added + p * out), second += load(added + p * out + 16);
       if constexpr (std::is_same_v<To, Half>) {
         const __m512i halves = rounded(first, second);
-        _mm512_storeu_si512(to, relu ? _mm512_max_epi16(halves, _mm512_setzero_si512()) : halves);
+        _mm512_storeu_si512(to, relu ? _mm512_min_epi16(_mm512_max_epi16(halves, least), most) : halves);
       } else {
-        store(to, relu ? relu_of(first) : first);
-        store(to + 16, relu ? relu_of(second) : second);
+        store(to, relu ? relu_of(first, ceiling) : first);
+        store(to + 16, relu ? relu_of(second, ceiling) : second);
       }
     }
   }
@@ -226,6 +235,7 @@ struct Pointwise {
   const float* bias;
   int64_t in, out;
   bool relu;
+  float ceiling = NO_CEILING;
 
   // from: (count + TILE, in); to: (count, out), of T or float; added: (count, out) or null.
   template <class To>
@@ -262,7 +272,7 @@ struct Pointwise {
       for (int64_t p = 0; p < count; p += 32) {
         sums.begin(bias + n);
         for (int64_t k = 0; k < in; k += 32) sums.add(from + p * in + k, in, weight + k * out + n * 2, out, count - p > 16);
-        sums.finish(std::min<int64_t>(32, count - p), to + p * out + n, out, added ? added + p * out + n : nullptr, relu);
+        sums.finish(std::min<int64_t>(32, count - p), to + p * out + n, out, added ? added + p * out + n : nullptr, relu, ceiling);
       }
   }
 #endif
@@ -293,7 +303,7 @@ struct Pointwise {
         const int64_t at = (p + i) * out + n + v * LANES;
         V result = sum[i][v];
         if (added) result += load(added + at);
-        store(to + at, relu ? relu_of(result) : result);
+        store(to + at, relu ? relu_of(result, ceiling) : result);
       }
   }
 };
@@ -305,6 +315,7 @@ struct Depthwise {
   const float* bias;
   int64_t channels, stride, dilation;
   bool relu;
+  float ceiling = NO_CEILING;
 
   // One output row of `count` pixels, `step` values apart. rows: three input rows, from the first tap of the first pixel on.
   void run(const T* const (&rows)[3], int64_t count, T* to, int64_t step) const {
@@ -355,7 +366,7 @@ struct Depthwise {
 
     void finish(V (&sum)[N], T* to) const {
       if (layer.relu)
-        for (V& each : sum) each = relu_of(each);
+        for (V& each : sum) each = relu_of(each, layer.ceiling);
       store(to, sum);
     }
 
@@ -448,6 +459,7 @@ struct Expanded {  // a 1x1 convolution
 };
 
 // A 3x3 convolution of stride 2 and ReLU, over uint8 images (N, H, W, 3) less `shift` per channel, which outside the image is 0.
+// Outside are `padding` rows and columns, 1 or 0, on each side.
 template <class Type>
 struct Stem {
   using T = Type;
@@ -456,13 +468,14 @@ struct Stem {
   const float* shift;
   const float* weight;  // (27, 32), rows in the order ky, kx, channel
   const float* bias;
+  int64_t padding;
   static constexpr int CHANNELS = 32, W = CHANNELS / LANES, P = 24 / W < 12 ? 24 / W : 12;
   struct State {
     int64_t from, to;
     Rows<float> pixels;  // three rows of the image
   };
-  int64_t h() const { return (height - 1) / 2 + 1; }
-  int64_t w() const { return (width - 1) / 2 + 1; }
+  int64_t h() const { return (height + 2 * padding - 3) / 2 + 1; }
+  int64_t w() const { return (width + 2 * padding - 3) / 2 + 1; }
   void begin(int64_t from, int64_t to, State& state) const {
     state.from = from, state.to = to;
     state.pixels.resize(3 * 3 * (2 * (to - from + P) + 1));
@@ -470,7 +483,9 @@ struct Stem {
   void make(int64_t image, int64_t i, T* row, State& state) const {
     const int64_t count = state.to - state.from, size = static_cast<int64_t>(state.pixels.size()) / 3;
     float* pixels = state.pixels.data();
-    for (int64_t ky = 0; ky < 3; ++ky) read(image, 2 * i + ky - 1, 2 * state.from - 1, size / 3, pixels + ky * size);
+    for (int64_t ky = 0; ky < 3; ++ky) {
+      read(image, 2 * i + ky - padding, 2 * state.from - padding, size / 3, pixels + ky * size);
+    }
     // Whole register tiles: columns beyond the last are computed too, from what happens to be there, and not stored.
     for (int64_t p = 0; p < count; p += P) {
       V sum[P][W];
@@ -484,7 +499,7 @@ struct Stem {
       for (int k = 0; k < P; ++k)
 #pragma GCC unroll 16
         for (int v = 0; v < W; ++v)
-          if (k < count - p) store(row + (p + k) * CHANNELS + v * LANES, relu_of(sum[k][v]));
+          if (k < count - p) store(row + (p + k) * CHANNELS + v * LANES, relu_of(sum[k][v], NO_CEILING));
     }
   }
 
@@ -507,7 +522,7 @@ struct Stem {
 struct TileStem {
   using T = Half;
   const uint8_t* images;
-  int64_t height, width;
+  int64_t height, width, padding;
   Half outside[3];
   Rows<Half> weight;  // (16, 32, 2)
   Rows<float> bias;
@@ -519,7 +534,7 @@ struct TileStem {
   };
 
   explicit TileStem(const Stem<Half>& stem)
-      : images(stem.images), height(stem.height), width(stem.width), weight(DEPTH * CHANNELS), bias(CHANNELS) {
+      : images(stem.images), height(stem.height), width(stem.width), padding(stem.padding), weight(DEPTH * CHANNELS), bias(CHANNELS) {
     for (int c = 0; c < 3; ++c) outside[c] = whole(std::nearbyint(stem.shift[c]));
     for (int n = 0; n < CHANNELS; ++n) {
       double sum = stem.bias[n];
@@ -536,8 +551,8 @@ struct TileStem {
     }
   }
 
-  int64_t h() const { return (height - 1) / 2 + 1; }
-  int64_t w() const { return (width - 1) / 2 + 1; }
+  int64_t h() const { return (height + 2 * padding - 3) / 2 + 1; }
+  int64_t w() const { return (width + 2 * padding - 3) / 2 + 1; }
   void begin(int64_t from, int64_t to, State& state) const {
     state.from = from, state.to = to, state.size = 6 * (to - from) + DEPTH;
     state.pixels.resize(3 * state.size);
@@ -548,9 +563,9 @@ struct TileStem {
     const int64_t count = state.to - state.from;
     const Half* rows[3];
     for (int64_t ky = 0; ky < 3; ++ky) {
-      const int64_t y = 2 * i + ky - 1, slot = (y + 3) % 3;
+      const int64_t y = 2 * i + ky - padding, slot = (y + 3) % 3;
       Half* pixels = state.pixels.data() + slot * state.size;
-      if (state.held[slot] != y) read(image, y, 2 * state.from - 1, 2 * count + 1, pixels);
+      if (state.held[slot] != y) read(image, y, 2 * state.from - padding, 2 * count + 1, pixels);
       state.held[slot] = y;
       rows[ky] = pixels;
     }
@@ -714,7 +729,7 @@ void of_type(const Tensor& weight, const Operator& operation) {
 }
 
 template <class T>
-Pointwise<T> pointwise_of(const char* name, const Tensor& weight, const Tensor& bias, int64_t in, bool relu) {
+Pointwise<T> pointwise_of(const char* name, const Tensor& weight, const Tensor& bias, int64_t in, bool relu, float ceiling = NO_CEILING) {
   constexpr bool half = std::is_same_v<T, Half>;
   constexpr int64_t multiple = half ? MULTIPLE : MULTIPLE / 2;
   const int64_t out = bias.dim() == 1 ? bias.size(0) : 0;
@@ -726,18 +741,18 @@ Pointwise<T> pointwise_of(const char* name, const Tensor& weight, const Tensor& 
             out % multiple == 0,
         name, " has shape ", shape(weight), ", expected contiguous float32 (", in, ", ", out, ") or bfloat16 (", in / 2, ", ", out,
         ", 2) on the CPU, all alike, channels a multiple of ", multiple);
-  return {static_cast<const T*>(weight.const_data_ptr()), floats(bias), in, out, relu};
+  return {static_cast<const T*>(weight.const_data_ptr()), floats(bias), in, out, relu, ceiling};
 }
 
 template <class T>
-Depthwise<T> depthwise_of(const Tensor& weight, const Tensor& bias, int64_t channels, int64_t stride, int64_t dilation, bool relu) {
+Depthwise<T> depthwise_of(const Tensor& weight, const Tensor& bias, int64_t channels, int64_t stride, int64_t dilation, bool relu, float ceiling = NO_CEILING) {
   check_vector("depthwise bias", bias, channels);
   check(weight.dim() == 2 && weight.size(0) == 9 && weight.size(1) == channels && weight.is_cpu() && weight.is_contiguous() &&
             weight.scalar_type() == ScalarType::Float && channels % GROUP<T> == 0,
         "depthwise has shape ", shape(weight), ", expected contiguous float32 (9, ", channels, ") on the CPU");
   check(stride >= 1 && stride <= 2 && dilation >= 1 && dilation <= 64, "stride is ", stride, " and dilation ", dilation,
         ", expected at most 2 and 64, at least 1");
-  return {floats(weight), floats(bias), channels, stride, dilation, relu};
+  return {floats(weight), floats(bias), channels, stride, dilation, relu, ceiling};
 }
 
 // Results go to tensors that the caller keeps: fresh ones of this size cost the operating system more than the computation.
@@ -753,16 +768,17 @@ constexpr int64_t CACHE_BYTES = 640 << 10;  // for the expanded rows of a tile, 
 
 void bottleneck_block(const Tensor& input, const Tensor& expand, const Tensor& expand_bias, const Tensor& depthwise,
                       const Tensor& depthwise_bias, const Tensor& project, const Tensor& project_bias, int64_t stride,
-                      bool residual, Tensor out) {
+                      bool residual, bool relu6, Tensor out) {
   of_type(expand, [&](auto value) {
     using T = decltype(value);
     const Tensor kept = channels_last(input);
     const Map x = map_of("x", kept);
-    const auto first = pointwise_of<T>("expand", expand, expand_bias, x.channels, true);
+    const float ceiling = relu6 ? 6.0f : NO_CEILING;
+    const auto first = pointwise_of<T>("expand", expand, expand_bias, x.channels, true, ceiling);
     const auto last = pointwise_of<T>("project", project, project_bias, first.out, false);
     check(!residual || (stride == 1 && x.channels == last.out), "x has ", x.channels, " channels and stride is ", stride,
           ", expected the output's ", last.out, " and 1 where x is added to it");
-    const auto middle = depthwise_of<T>(depthwise, depthwise_bias, first.out, stride, 1, true);
+    const auto middle = depthwise_of<T>(depthwise, depthwise_bias, first.out, stride, 1, true, ceiling);
     const Block<Expanded<T>> block{{x, first}, middle, last, nullptr, residual ? &x : nullptr};
     const int64_t widest = CACHE_BYTES / (3 * first.out * int64_t(sizeof(T)) * stride);
     run(block, x.n, std::max<int64_t>(16, widest), result_of(out, x.n, last.out, block.h(), block.w()));
@@ -772,13 +788,15 @@ void bottleneck_block(const Tensor& input, const Tensor& expand, const Tensor& e
 // Learning to downsample: the first convolution and two depthwise separable ones, all of stride 2.
 void stem_block(const Tensor& images, const Tensor& shift, const Tensor& conv, const Tensor& conv_bias, const Tensor& depthwise1,
                 const Tensor& depthwise1_bias, const Tensor& project1, const Tensor& project1_bias, const Tensor& depthwise2,
-                const Tensor& depthwise2_bias, const Tensor& project2, const Tensor& project2_bias, Tensor out) {
+                const Tensor& depthwise2_bias, const Tensor& project2, const Tensor& project2_bias, int64_t padding,
+                bool depthwise_relu, Tensor out) {
   of_type(project1, [&](auto value) {
     using T = decltype(value);
     using Conv = Stem<T>;
     check(images.dim() == 4 && images.numel() > 0 && images.is_cpu() && images.scalar_type() == ScalarType::Byte &&
-              images.size(3) == 3,
-          "images have shape ", shape(images), ", expected uint8 (N, H, W, 3) on the CPU, not empty");
+              images.size(3) == 3 && images.size(1) >= 3 && images.size(2) >= 3,
+          "images have shape ", shape(images), ", expected uint8 (N, H, W, 3) on the CPU, of 3 pixels a side or more");
+    check(padding == 0 || padding == 1, "padding is ", padding, ", expected 0 or 1");
     check_vector("shift", shift, 3);
     check_vector("conv bias", conv_bias, Conv::CHANNELS);
     check(conv.dim() == 2 && conv.size(0) == 27 && conv.size(1) == Conv::CHANNELS && conv.is_cpu() && conv.is_contiguous() &&
@@ -786,11 +804,11 @@ void stem_block(const Tensor& images, const Tensor& shift, const Tensor& conv, c
           "conv has shape ", shape(conv), ", expected contiguous float32 (27, ", Conv::CHANNELS, ") on the CPU");
     const Tensor kept = torch::stable::contiguous(images);
     const Conv stem{static_cast<const uint8_t*>(kept.const_data_ptr()), images.size(1), images.size(2), floats(shift), floats(conv),
-                    floats(conv_bias)};
+                    floats(conv_bias), padding};
     const auto first = pointwise_of<T>("project1", project1, project1_bias, Conv::CHANNELS, true);
     const auto second = pointwise_of<T>("project2", project2, project2_bias, first.out, true);
-    const auto middle1 = depthwise_of<T>(depthwise1, depthwise1_bias, Conv::CHANNELS, 2, 1, false);
-    const auto middle2 = depthwise_of<T>(depthwise2, depthwise2_bias, first.out, 2, 1, false);
+    const auto middle1 = depthwise_of<T>(depthwise1, depthwise1_bias, Conv::CHANNELS, 2, 1, depthwise_relu);
+    const auto middle2 = depthwise_of<T>(depthwise2, depthwise2_bias, first.out, 2, 1, depthwise_relu);
     const auto from = [&](const auto& source) {
       using Source = std::decay_t<decltype(source)>;
       const Block<Block<Source>> block{{source, middle1, first}, middle2, second};
@@ -811,13 +829,14 @@ void head_block(const Tensor& detail, const Tensor& context, const Tensor& depth
                 const Tensor& project, const Tensor& project_bias, int64_t dilation, const Tensor& depthwise1,
                 const Tensor& depthwise1_bias, const Tensor& project1, const Tensor& project1_bias, const Tensor& depthwise2,
                 const Tensor& depthwise2_bias, const Tensor& project2, const Tensor& project2_bias, const Tensor& scores,
-                const Tensor& scores_bias, Tensor out) {
+                const Tensor& scores_bias, bool depthwise_relu, bool align_corners, Tensor out) {
   of_type(project, [&](auto value) {
     using T = decltype(value);
     const Tensor kept_detail = channels_last(detail), kept_context = channels_last(context);
     const Map fine = map_of("detail", kept_detail), coarse = map_of("context", kept_context);
     check(fine.n == coarse.n, "context has ", coarse.n, " images, expected the detail's ", fine.n);
-    const Resized<T> resized{coarse, Axis<float>(coarse.h, fine.h, false), Axis<float>(coarse.w, fine.w, false)};
+    const Resized<T> resized{coarse, Axis<float>(coarse.h, fine.h, align_corners),
+                             Axis<float>(coarse.w, fine.w, align_corners)};
     const auto fused = pointwise_of<T>("project", project, project_bias, coarse.channels + fine.channels, true);
     const auto first = pointwise_of<T>("project1", project1, project1_bias, fused.out, true);
     const auto second = pointwise_of<T>("project2", project2, project2_bias, first.out, true);
@@ -825,8 +844,8 @@ void head_block(const Tensor& detail, const Tensor& context, const Tensor& depth
     const Block<Resized<T>> fusion{resized, depthwise_of<T>(depthwise, depthwise_bias, coarse.channels, 1, dilation, true), fused,
                                    &fine};
     using One = Block<Block<Resized<T>>>;
-    const One one{fusion, depthwise_of<T>(depthwise1, depthwise1_bias, fused.out, 1, 1, false), first};
-    const auto middle = depthwise_of<T>(depthwise2, depthwise2_bias, first.out, 1, 1, false);
+    const One one{fusion, depthwise_of<T>(depthwise1, depthwise1_bias, fused.out, 1, 1, depthwise_relu), first};
+    const auto middle = depthwise_of<T>(depthwise2, depthwise2_bias, first.out, 1, 1, depthwise_relu);
     const Block<One> block{one, middle, second, nullptr, nullptr, &last};
     run(block, fine.n, 64, result_of(out, fine.n, last.out, fine.h, fine.w));
   });
@@ -836,7 +855,7 @@ void head_block(const Tensor& detail, const Tensor& context, const Tensor& depth
 // one after the other: (4 * C, C / 4)), resized back, beside x through a last 1x1 convolution and ReLU. What comes from a level
 // is convolved before it is resized, where it is a few pixels; the two commute.
 void pyramid_block(const Tensor& input, const Tensor& reduce, const Tensor& reduce_bias, const Tensor& project_levels,
-                   const Tensor& project, const Tensor& project_bias, Tensor out) {
+                   const Tensor& project, const Tensor& project_bias, bool align_corners, Tensor out) {
   of_type(project, [&](auto value) {
     using T = decltype(value);
     constexpr int LEVELS = 4;
@@ -885,7 +904,7 @@ void pyramid_block(const Tensor& input, const Tensor& reduce, const Tensor& redu
       for (int level = 0; level < LEVELS; ++level) {
         const int64_t bins = BINS[level];
         const Map map{levels[level].data(), 1, bins, bins, out_c};
-        resized.push_back({map, Axis<float>(bins, x.h, false), Axis<float>(bins, x.w, false)});
+        resized.push_back({map, Axis<float>(bins, x.h, align_corners), Axis<float>(bins, x.w, align_corners)});
       }
       parallel_for(0, x.h, 1, [&](int64_t begin, int64_t end) {
         const TileState tile_state;
@@ -912,15 +931,15 @@ void pyramid_block(const Tensor& input, const Tensor& reduce, const Tensor& redu
 STABLE_TORCH_LIBRARY_FRAGMENT(ops_ext, m) {
   m.def("stem_block(Tensor images, Tensor shift, Tensor conv, Tensor conv_bias, Tensor depthwise1, Tensor depthwise1_bias, "
         "Tensor project1, Tensor project1_bias, Tensor depthwise2, Tensor depthwise2_bias, Tensor project2, "
-        "Tensor project2_bias, Tensor(a!) out) -> ()");
+        "Tensor project2_bias, int padding, bool depthwise_relu, Tensor(a!) out) -> ()");
   m.def("bottleneck_block(Tensor x, Tensor expand, Tensor expand_bias, Tensor depthwise, Tensor depthwise_bias, Tensor project, "
-        "Tensor project_bias, int stride, bool residual, Tensor(a!) out) -> ()");
+        "Tensor project_bias, int stride, bool residual, bool relu6, Tensor(a!) out) -> ()");
   m.def("pyramid_block(Tensor x, Tensor reduce, Tensor reduce_bias, Tensor project_levels, Tensor project, Tensor project_bias, "
-        "Tensor(a!) out) -> ()");
+        "bool align_corners, Tensor(a!) out) -> ()");
   m.def("head_block(Tensor detail, Tensor context, Tensor depthwise, Tensor depthwise_bias, Tensor project, Tensor project_bias, "
         "int dilation, Tensor depthwise1, Tensor depthwise1_bias, Tensor project1, "
         "Tensor project1_bias, Tensor depthwise2, Tensor depthwise2_bias, Tensor project2, Tensor project2_bias, Tensor scores, "
-        "Tensor scores_bias, Tensor(a!) out) -> ()");
+        "Tensor scores_bias, bool depthwise_relu, bool align_corners, Tensor(a!) out) -> ()");
   m.def("has_bfloat16() -> bool");
   m.def("has_fast_bfloat16() -> bool");
 }

@@ -40,32 +40,41 @@ class FusedFastSCNN:
         fusion, classifier = model.feature_fusion, model.classifier
         blocks = [*features.bottleneck1, *features.bottleneck2, *features.bottleneck3]
         self.half = half
-        if getattr(model, "align_corners", False):
-            raise RuntimeError("the kernels resize with align_corners=False")
+        self.align_corners = bool(getattr(model, "align_corners", False))
+        self.padding = down.conv.conv.padding[0]
+        self.relu6 = isinstance(blocks[0].expand.relu, nn.ReLU6)
+        depthwise_relu = hasattr(down.dsconv1.depthwise, "relu")
         self.multiple = MULTIPLE if half else MULTIPLE // 2
         weight, bias = _folded(down.conv)
         weight = weight / (torch.tensor(std) * 255).view(1, 3, 1, 1)
         first = (torch.tensor(mean) * 255, weight.permute(2, 3, 1, 0).reshape(27, -1).contiguous(), bias)
         self.stem = (*first, *self._separable(down.dsconv1), *self._separable(down.dsconv2))
+        self.detail_channels, self.score_channels = len(self.stem[-1]), len(self._padded(classifier.conv.bias))
+        self.stem = (*self.stem, self.padding, depthwise_relu)
         self.bottlenecks = [self._bottleneck(block) for block in blocks]
         # A dense 3x3 convolution after the pyramid (mmseg's) is one that PyTorch's library does well.
         dense = features.pyramid_pooling.project.conv.kernel_size != (1, 1)
         self.pyramid = None if dense else self._pyramid(features.pyramid_pooling)
         self.dense_pyramid = self._in_pytorch(features.pyramid_pooling) if dense else None
         self.classes = classifier.conv.out_channels
+        # A dense 1x1 convolution of the context (segmentron's) commutes with resizing: it is done before, on a sixteenth of the
+        # pixels, and in place of the depthwise kernel one that leaves everything as it is gives the ReLU.
+        self.dense_context = None if fusion.depthwise.conv.groups > 1 else _folded(fusion.depthwise)
         self.head = (
-            *self._depthwise(fusion.depthwise),
+            *(self._depthwise(fusion.depthwise) if self.dense_context is None else self._identity(fusion.depthwise)),
             *self._fusion(fusion),
             fusion.depthwise.conv.dilation[0],
             *self._separable(classifier.dsconv1),
             *self._separable(classifier.dsconv2),
             self._packed(classifier.conv.weight.flatten(1)),
             self._padded(classifier.conv.bias),
+            depthwise_relu,
+            self.align_corners,
         )
         self.kept: list[tuple[tuple[int, ...], list[Tensor]]] = []
 
     def logits(self, images: Tensor) -> Tensor:
-        """(N, H, W, 3) uint8 -> (N, classes, ceil(H/8), ceil(W/8)) float32."""
+        """(N, H, W, 3) uint8 -> (N, classes, ceil(H/8), ceil(W/8)) float32; without padding that is of H - 2 and W - 2."""
         maps = self._maps(*images.shape[:3])
         return self._run(images, maps).clone()
 
@@ -82,7 +91,7 @@ class FusedFastSCNN:
             kept_shape, maps = None, []
         if kept_shape != shape:
             maps = self._maps(*shape)
-        labels = torch.ops.ops_ext.upsample_argmax(self._run(images, maps), shape[1], shape[2], False)
+        labels = torch.ops.ops_ext.upsample_argmax(self._run(images, maps), *shape[1:], self.align_corners)
         self.kept.append((shape, maps))
         return labels
 
@@ -92,7 +101,7 @@ class FusedFastSCNN:
         size = tuple(images.shape[1:3])
         self._run(images, maps)
         stages = {name: median_ms(stage, repeats) for name, stage in self._stages(images, maps).items()}
-        tail = functools.partial(torch.ops.ops_ext.upsample_argmax, maps[-1][:, : self.classes], *size, False)
+        tail = functools.partial(torch.ops.ops_ext.upsample_argmax, maps[-1][:, : self.classes], *size, self.align_corners)
         return {**stages, "labels": median_ms(tail, repeats)}
 
     def _run(self, images: Tensor, maps: list[Tensor]) -> Tensor:
@@ -117,9 +126,11 @@ class FusedFastSCNN:
 
     def _pool(self, x: Tensor, context: Tensor) -> None:
         if self.dense_pyramid is None:
-            torch.ops.ops_ext.pyramid_block(x, *self.pyramid, context)
+            torch.ops.ops_ext.pyramid_block(x, *self.pyramid, self.align_corners, context)
         else:
             context.copy_(self.dense_pyramid(x.bfloat16() if self.half else x))
+        if self.dense_context is not None:
+            context.copy_(F.conv2d(context, *self.dense_context))
 
     def _maps(self, n: int, height: int, width: int) -> list[Tensor]:
         """Memory for what the blocks give each other: detail, bottlenecks, context, scores."""
@@ -127,10 +138,11 @@ class FusedFastSCNN:
         def empty(channels: int, h: int, w: int) -> Tensor:
             return torch.empty((n, channels, h, w), memory_format=torch.channels_last)
 
-        h, w = (height - 1) // 8 + 1, (width - 1) // 8 + 1
-        detail, scores = empty(self.stem[-1].shape[0], h, w), empty(self.head[-1].shape[0], h, w)
+        # As many pixels of the image as the first convolution has centres, halved three times and rounded up.
+        h, w = ((size + 2 * self.padding - 3) // 8 + 1 for size in (height, width))
+        detail, scores = empty(self.detail_channels, h, w), empty(self.score_channels, h, w)
         maps = [detail]
-        for *_, bias, stride, _ in self.bottlenecks:
+        for *_, bias, stride, _, _ in self.bottlenecks:
             h, w = (h - 1) // stride + 1, (w - 1) // stride + 1
             maps.append(empty(bias.shape[0], h, w))
         context = self.dense_pyramid.project.conv.out_channels if self.pyramid is None else self.pyramid[-1].shape[0]
@@ -156,12 +168,18 @@ class FusedFastSCNN:
         weight, bias = _folded(layer)
         return self._padded(weight.flatten(1).t()).contiguous(), self._padded(bias)  # (9, channels)
 
+    def _identity(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """A depthwise kernel that changes nothing."""
+        weight = torch.zeros(9, self._padded(layer.bn.bias).shape[0])
+        weight[4] = 1
+        return weight, torch.zeros(weight.shape[1])
+
     def _separable(self, block: nn.Module) -> tuple[Tensor, ...]:
         return (*self._depthwise(block.depthwise), *self._pointwise(block.pointwise))
 
     def _bottleneck(self, block: nn.Module) -> tuple:
         layers = (*self._pointwise(block.expand), *self._depthwise(block.depthwise), *self._pointwise(block.project))
-        return (*layers, block.depthwise.conv.stride[0], block.residual)
+        return (*layers, block.depthwise.conv.stride[0], block.residual, self.relu6)
 
     def _pyramid(self, pooling: nn.Module) -> tuple[Tensor, ...]:
         reduce = [_folded(layer) for layer in pooling.reduce]

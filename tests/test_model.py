@@ -104,6 +104,19 @@ def test_no_non_linearity_between_depthwise_and_pointwise():
     assert block(x).min() >= 0
 
 
+@pytest.mark.parametrize("size", [(9, 12), (45, 60), (5, 7), (4, 8)])
+def test_the_dilated_kernel_in_training_is_the_plain_convolution(size):
+    torch.manual_seed(0)
+    fusion = FeatureFusion().double().train()
+    x = torch.randn(2, 128, *size, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    inputs = [x, fusion.depthwise.conv.weight]
+    got, expected = fusion._spread(x), fusion.depthwise(x)
+    torch.testing.assert_close(got, expected)
+    direction = torch.randn_like(expected)
+    for mine, theirs in zip(torch.autograd.grad(got, inputs, direction), torch.autograd.grad(expected, inputs, direction)):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_mixed_precision_gradients_on_the_cpu_are_those_of_float32():
     # oneDNN's own bfloat16 gradient of the dilated depthwise kernel reads memory that it never wrote.
     keep_freed_memory()
