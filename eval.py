@@ -594,7 +594,9 @@ def run_benchmark(args: argparse.Namespace) -> dict:
     sizes = [args.size] if args.size else PAPER_SIZES
     if min(min(size) for size in sizes) < MIN_SIZE:
         raise UsageError(f"--size is {args.size[0]} {args.size[1]}, expected at least {MIN_SIZE} pixels each")
-    model = build_from_checkpoint(read_checkpoint(args.weights), args.weights) if args.weights else FastSCNN(variant=args.variant)
+    model = (
+        build_from_checkpoint(read_checkpoint(args.weights), args.weights) if args.weights else FastSCNN(variant=args.variant)
+    )
     device, rank, _ = start_processes(args.device)
     segment = accelerate(model, device=device, precision=PRECISIONS[args.amp or "auto"], mean=MEAN, std=STD)
     segments = {"": segment, **{name: RUNTIMES[name](model, device) for name in args.against}}

@@ -1,6 +1,7 @@
 """Training: schedule and loss by hand, one process against two, resuming, real data, and what it refuses."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -57,6 +59,11 @@ def test_poly_schedule_by_hand():
     assert learning_rate(2, 20, 0.1, 200) == pytest.approx(0.1 * 0.9**0.9)
 
 
+def test_cosine_schedule_by_hand():
+    rates = [learning_rate(step, 100, 0.1, 0, "cosine") for step in (0, 25, 50, 100)]
+    assert rates == pytest.approx([0.1, 0.1 * (0.5 + 0.25 * 2**0.5), 0.05, 0])
+
+
 def test_weight_decay_spares_depthwise_kernels_norms_and_biases():
     model = FastSCNN(19, aux=True)
     decayed, others = parameter_groups(model, 4e-5)
@@ -78,6 +85,86 @@ def test_loss_weights_the_auxiliary_outputs_by_0_4():
     torch.testing.assert_close(Objective()(flat, target), expected)
     torch.testing.assert_close(Objective()((flat, flat, flat[..., :1, :1]), target), 1.8 * expected)
     torch.testing.assert_close(Objective(aux_weight=0.1)((flat, flat, flat[..., :1, :1]), target), 1.2 * expected)
+
+
+def plain_loss(main, aux, target, weights, smoothing, probability):
+    """The same loss, restated at full resolution in float64."""
+
+    def losses(scores):
+        scores = F.interpolate(scores, target.shape[1:], mode="bilinear")
+        return F.cross_entropy(scores, target.long(), weights, ignore_index=IGNORE, label_smoothing=smoothing, reduction="none")
+
+    labelled = target != IGNORE
+    weight = weights[target.where(labelled, 0).long()] * labelled
+    main, aux, kept = losses(main), losses(aux), labelled
+    if probability:
+        sample = main.detach()[:, ::4, ::4][labelled[:, ::4, ::4]]
+        most = math.ceil(main[:, ::4, ::4].numel() / 16 - 0.999)
+        kept = labelled & (main >= min(-math.log(probability), sample.sort(descending=True).values[most - 1]))
+    return (main * kept).sum() / (weight * kept).sum() + 0.4 * aux.sum() / weight.sum(), kept
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("probability", [0, 0.7, 0.999, 0.3, 1e-4])
+def test_loss_and_gradient_of_hard_pixels_and_weighted_classes(probability, balanced):
+    torch.manual_seed(0)
+    main, aux = (2 * torch.randn(2, 5, 12, 16, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    target = torch.randint(0, 5, (2, 96, 128)).to(torch.uint8)
+    target[:, :30, :50] = IGNORE
+    weights = torch.tensor([0.2, 1.0, 3.0, 0.5, 1.5]).double() if balanced else torch.ones(5).double()
+    objective = Objective(label_smoothing=0.1, ohem=probability, class_weights=weights if balanced else None)
+    expected, kept = plain_loss(main, aux, target, weights, 0.1, probability)
+    if probability == 1e-4:  # next to none is that hard: it is the sixteenth
+        assert 0.03 < kept.float().mean() < 0.1
+    loss = objective((main, aux), target)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    for got, want in zip(torch.autograd.grad(loss, (main, aux)), torch.autograd.grad(expected, (main, aux))):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("choices", [{}, {"ohem": 0.7}, {"class_weights": torch.ones(3)}])
+def test_loss_of_unlabelled_images_is_0(choices):
+    scores = torch.randn(1, 3, 8, 8, requires_grad=True)
+    loss = Objective(**choices)(scores, torch.full((1, 64, 64), IGNORE, dtype=torch.uint8), teacher=torch.randn(1, 3, 8, 8))
+    loss.backward()
+    assert loss == 0 and not scores.grad.any()
+
+
+def test_the_teachers_part_of_the_loss_by_hand():
+    # Student (1/2, 1/2), teacher (3/4, 1/4): sum of q ln(q / p), at the three of four places that are labelled.
+    target = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    target[:, :4, :4] = IGNORE
+    student, teacher = torch.zeros(1, 2, 2, 2), torch.tensor([3.0, 1.0]).log().view(1, 2, 1, 1).repeat(1, 1, 2, 2)
+    divergence = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    loss = Objective(teacher_weight=2.0)(student, target, teacher) - Objective()(student, target)
+    assert loss.item() == pytest.approx(2 * divergence, rel=1e-5)
+    assert Objective(teacher_weight=2.0)(teacher, target, teacher) == Objective()(teacher, target)
+
+
+def test_class_weights_by_hand(folder_dataset):
+    dataset = data.open_dataset("folder", folder_dataset, "train")
+    labels = torch.cat([dataset[i][1].flatten() for i in range(len(dataset))])
+    share = torch.bincount(labels[labels != IGNORE].long(), minlength=len(dataset.classes.names)).double()
+    share /= share.sum()
+    expected = torch.where(share > 0, share**-0.5, 0)
+    expected /= (expected * share).sum()
+    torch.testing.assert_close(train.class_weights(dataset, 0.5).double(), expected, rtol=1e-5, atol=0)
+    assert (train.class_weights(dataset, 0)[share > 0] == 1).all()
+
+
+def test_moving_average_by_hand():
+    layer = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1))
+    average = train.MovingAverage(layer, 0.5)
+    expected, seen = layer[0].weight.item(), []
+    for step, decay in ((1, 0.1), (2, 2 / 11), (3, 0.25), (20, 0.5)):
+        average.steps = step - 1
+        layer[0].weight.data.fill_(step)
+        layer[1].running_mean.fill_(-step)
+        average.update()
+        expected = decay * expected + (1 - decay) * step
+        seen.append(average.model[0].weight.item() - expected)
+    assert seen == pytest.approx([0] * 4, abs=1e-6)
+    assert average.model[1].running_mean.item() == pytest.approx(-expected, abs=0.2) and layer[0].weight.item() == 20
 
 
 def test_mixed_precision_is_chosen_by_the_hardware(monkeypatch):
@@ -146,6 +233,46 @@ def test_interrupted_and_resumed_equals_uninterrupted(drawn, tmp_path, capsys, w
     ]
     assert records(whole, "val")[2:] == records(resumed, "val")
     assert load_weights(resumed / "checkpoints/best_model.pth")
+
+
+EVERYTHING = {
+    "ema": 0.9, "ohem": 0.7, "class_balance": 0.5, "label_smoothing": 0.1, "optimizer": "adamw", "base_lr": 0.003,
+    "schedule": "cosine", "contrast": 0.3, "saturation": 0.3, "hue": 10, "max_class_share": 0.5, "half_resolution": 0.5,
+}  # fmt: skip
+
+
+def test_interrupted_and_resumed_with_every_part_of_the_recipe(drawn, tmp_path):
+    assert run(drawn, tmp_path / "teacher", epochs=1) == 0
+    choices = {**EVERYTHING, "teacher": tmp_path / "teacher/checkpoints/1.pth", "epochs": 4}
+    assert run(drawn, tmp_path / "whole", **choices) == 0
+    (tmp_path / "cut/checkpoints").mkdir(parents=True)  # interrupted in its third epoch
+    shutil.copy(tmp_path / "whole/checkpoints/2.pth", tmp_path / "cut/checkpoints/2.pth")
+    assert run(drawn, tmp_path / "cut", **choices, resume="auto") == 0
+    whole, cut = (read_checkpoint(tmp_path / name / "checkpoints/4.pth") for name in ("whole", "cut"))
+    for part in ("model", "trained"):
+        assert all(torch.equal(value, cut[part][name]) for name, value in whole[part].items())
+    assert any(not torch.equal(value, whole["model"][name]) for name, value in whole["trained"].items())
+    # What was validated is the average, and it is what the checkpoint gives to everybody else.
+    best = read_checkpoint(tmp_path / "whole/checkpoints/best_model.pth")
+    assert "trained" not in best and best["miou"] == max(r["miou"] for r in records(tmp_path / "whole", "val"))
+
+
+def test_two_processes_take_the_steps_of_one_with_every_part_of_the_recipe(drawn, tmp_path):
+    choices = {**EVERYTHING, "dropout": 0, "freeze_bn": True, "epochs": 1, "half_resolution": 0}
+    for name, processes in (("one", 1), ("two", 2)):
+        done = run_script("train.py", *flags(drawn, tmp_path / name, **choices), processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = (read_checkpoint(tmp_path / name / "checkpoints/1.pth")["trained"] for name in ("one", "two"))
+    # AdamW moves a weight by its rate whatever the gradient's size: where that is rounding, both may go either way.
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=2e-3)
+
+
+def test_teacher_of_other_classes_is_refused(drawn, folder_dataset, tmp_path, capsys):
+    assert run(folder_dataset, tmp_path / "t", dataset="folder", epochs=1, crop_size=(32, 48)) == 0
+    capsys.readouterr()
+    assert run(drawn, tmp_path / "r", teacher=tmp_path / "t/checkpoints/1.pth") == 2
+    assert "classes, expected 19" in capsys.readouterr().err
 
 
 def test_resuming_elsewhere_takes_the_best_model_along(drawn, tmp_path):
