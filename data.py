@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import colorsys
 import contextlib
+import functools
 import json
+import math
 import mmap
 import os
 import tempfile
@@ -344,9 +346,15 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
 def normalise(images: Tensor) -> Tensor:
     """(N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32 of about zero mean and unit variance, channels_last in memory."""
-    mean = torch.tensor(MEAN, device=images.device).mul_(255)
-    std = torch.tensor(STD, device=images.device).mul_(255)
-    return ((images - mean) / std).permute(0, 3, 1, 2)
+    mean, std = _on_device(MEAN, images.device), _on_device(STD, images.device)
+    return ((images - 255 * mean) / (255 * std)).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A constant, copied once: each copy from the host would wait for what the device is doing."""
+    with torch.inference_mode(False):  # it is kept for training too
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 # ----------------------------------------------------------------------------------------------------------- augmentation
@@ -386,6 +394,11 @@ class Augmentation:
     half_epochs: int = 0
     seed: int = 0
 
+    @property
+    def mixes_channels(self) -> bool:
+        """Whether colours change by more than a factor for each channel."""
+        return bool(self.contrast or self.saturation or self.hue)
+
     def __call__(self, image: Image.Image, label: Image.Image, key: Sequence[int]) -> tuple[Image.Image, Image.Image]:
         """The crop of an RGB image and of its label map that belongs to `key` (epoch, position in the epoch)."""
         return self.draw((image.height, image.width), key, thumbnail(np.asarray(label))).of(image, label)
@@ -393,8 +406,10 @@ class Augmentation:
     def draw(self, image_hw: tuple[int, int], key: Sequence[int], labels: np.ndarray | None = None) -> Crop:
         """The random numbers that belong to `key` (epoch, position in the epoch), for an image of this size.
 
-        labels: `thumbnail` of its label map, which max_class_share looks at.
+        labels: `thumbnail` of its label map, which max_class_share below 1 looks at.
         """
+        if labels is None and self.max_class_share < 1:
+            raise ValueError("max_class_share is below 1, which needs the thumbnail of the label map")
         rng = np.random.default_rng((self.seed, *key))
         factor = 0.5 if self.half_epochs and key[0] <= self.half_epochs else 1.0
         crop_hw = tuple(round(size * factor) for size in self.crop_hw)
@@ -408,7 +423,7 @@ class Augmentation:
                 for scaled, crop in zip(scaled_hw, crop_hw)
             )
             crop = Crop(crop_hw, tuple(image_hw), scaled_hw, (top, left))
-            if labels is None or self.max_class_share >= 1 or crop.largest_share(labels) <= self.max_class_share:
+            if self.max_class_share >= 1 or crop.largest_share(labels) <= self.max_class_share:
                 break
         flip = bool(self.flip and rng.random() < 0.5)
         return replace(crop, flip=flip, colour=self._colour(rng))
@@ -478,7 +493,8 @@ class Crop:
 
     def largest_share(self, labels: np.ndarray) -> float:
         """Share of the labelled pixels that its most frequent class has, by the `thumbnail` of the image's label map."""
-        part = tuple(slice(int(a / 8), int(b / 8) + 1) for a, b in self._box())
+        ends = [(math.ceil(a / 8), math.ceil(b / 8)) for a, b in self._box()]  # those of every eighth pixel that lie inside
+        part = tuple(slice(min(a, size - 1), max(a + 1, b)) for (a, b), size in zip(ends, labels.shape))
         counts = np.bincount(labels[part].ravel(), minlength=IGNORE + 1)[:IGNORE]
         return counts.max() / max(1, counts.sum())
 
@@ -663,13 +679,13 @@ class DeviceCache:
         h, w = self.sizes[0]
         self.images = torch.empty((len(part), 3, h, w), dtype=torch.uint8, device=device) if uniform else [None] * len(part)
         self.labels = torch.empty((len(part), h, w), dtype=torch.uint8, device=device) if uniform else [None] * len(part)
-        self.thumbnails: list[np.ndarray] = []
+        self.thumbnails: list[np.ndarray | None] = []
         for at, image, label in _decoded(part, threads):
             if label.shape != tuple(self.sizes[at]):
                 raise DataError(f"{part.samples[at].image}: has other sizes than its head says; replace the file")
             self.images[at] = torch.from_numpy(image).to(device).permute(2, 0, 1).contiguous()
             self.labels[at] = torch.from_numpy(label).to(device)
-            self.thumbnails.append(thumbnail(label))
+            self.thumbnails.append(thumbnail(label) if self.augmentation.max_class_share < 1 else None)
 
     def batch(self, keys: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
         """The crops of (epoch, position, index) keys: (N, h, w, 3) uint8 RGB and (N, h, w) uint8 train ids on the device."""
@@ -697,9 +713,12 @@ class DeviceCache:
         down = _resize_weights(rows, images.shape[2], height, reach_y).to(precision)  # (N, h, H)
         across = _resize_weights(columns, images.shape[3], width, reach_x).to(precision)  # (N, w, W)
         resized = down[:, None] @ images.to(precision) @ across[:, None].mT  # (N, 3, h, w)
-        padding = torch.tensor(PADDING_RGB, device=self.device, dtype=torch.float32)
+        padding = _on_device(PADDING_RGB, self.device)
         image = resized.permute(0, 2, 3, 1).float().round_().where(inside[..., None], padding)  # (N, h, w, 3)
-        image = image @ colour[..., :3].mT + colour[..., 3:].mT
+        if self.augmentation.mixes_channels:
+            image = image @ colour[..., :3].mT + colour[..., 3:].mT
+        else:
+            image = image * colour[..., :3].diagonal(dim1=2, dim2=3)[:, None]
         return (image + 0.5).clamp_(0, 255).to(torch.uint8), label
 
     def _gathered(self, at: list[int]) -> tuple[Tensor, Tensor]:

@@ -228,7 +228,8 @@ class FeatureFusion(nn.Module):
 
     def _spread(self, context: Tensor) -> Tensor:
         conv = self.depthwise.conv
-        if context.device.type != "cpu" or not self.training or conv.dilation == (1, 1):
+        differentiated = self.training or (torch.is_autocast_enabled("cpu") and torch.is_grad_enabled())
+        if context.device.type != "cpu" or not differentiated or conv.dilation == (1, 1):
             return self.depthwise(context)
         # oneDNN's gradient of a dilated depthwise kernel takes ten times as long as that of a plain one, and in bfloat16 is
         # wrong, at times NaN (seen in its 3.13). The same kernel, undilated, on every fourth pixel of every fourth row:

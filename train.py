@@ -58,12 +58,33 @@ from data import (
     size_text,
 )
 from eval import AMP_DTYPES, OneLineParser, UsageError, evaluate, exit_status, metrics, start_processes
-from model import VARIANTS, CheckpointError, FastSCNN, build_from_checkpoint, load_weights, read_checkpoint
+from model import VARIANTS, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint
 from ops_ext import accelerate, implementations, upsample_cross_entropy
 
 PAPER_BATCH = 12  # images, for which --base-lr is given
 POLY_POWER = 0.9
 AUX_WEIGHT = 0.4  # of each auxiliary loss, section 4.1
+
+# What --recipe sets, by data set; flags given beside it win. "paper" is section 4.1. "best" is for CamVid, and small data of one's
+# own, what tests/benchmarks/recipes.py measured on CamVid's validation split. Cityscapes could not be measured here: there it is what
+# others have measured, MMSegmentation's batch, rate, crops and photometric distortion, and an average of the weights.
+_PAPER = {
+    "batch_size": 12, "base_lr": 0.045, "epochs": 1000, "scale_range": [0.5, 2.0], "schedule": "poly", "optimizer": "sgd",
+    "momentum": 0.9, "weight_decay": 4e-5, "aux_weight": AUX_WEIGHT, "dropout": 0.1,
+}  # fmt: skip
+_SMALL = {
+    "batch_size": 4, "base_lr": 0.27, "epochs": 1000, "scale_range": [0.75, 1.75], "class_balance": 0.5, "ema": 0.99,
+    "dropout": 0.0, "half_resolution": 0.8,
+}  # fmt: skip
+_LARGE = {
+    "batch_size": 32, "base_lr": 0.045, "epochs": 1000, "scale_range": [0.5, 2.0], "max_class_share": 0.75, "ema": 0.999,
+    "brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 18.0,
+}  # fmt: skip
+_CAMVID_SIZE = {"crop_size": [360, 480]}
+RECIPES = {
+    "paper": {"cityscapes": _PAPER, "camvid": {**_PAPER, **_CAMVID_SIZE}, "folder": _PAPER},
+    "best": {"cityscapes": _LARGE, "camvid": {**_SMALL, **_CAMVID_SIZE}, "folder": _SMALL},
+}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -81,11 +102,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--scale-range", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"),
         help="random resize factor before the crop; narrow it for short runs (default: 0.5 2)")
     add("--augment", action=switch, default=True,
-        help="resize, flip and recolour at random; without, only the position of a crop within the image is random")
+        help="resize, flip and recolour at random, as the flags below say; without, only the position of a crop is random")
     add("--brightness", type=float, default=0.3, metavar="B", help="factor 1 - B to 1 + B on the image (default: %(default)s)")
     add("--channel-noise", type=float, default=0.1, metavar="B", help="the same on each colour channel (default: %(default)s)")
-    add("--contrast", type=float, default=0.0, metavar="B", help="the same on the distance to grey (default: %(default)s)")
-    add("--saturation", type=float, default=0.0, metavar="B", help="the same on the colourfulness (default: %(default)s)")
+    add("--contrast", type=float, default=0.0, metavar="B", help="the same on the distance to medium grey (default: %(default)s)")
+    add("--saturation", type=float, default=0.0, metavar="B", help="the same on the distance to the grey of equal luma (default: %(default)s)")
     add("--hue", type=float, default=0.0, metavar="DEGREES", help="turn of the colours, at most (default: %(default)s)")
     add("--max-class-share", type=float, default=1.0, metavar="SHARE",
         help="draw a crop anew, up to 10 times, whose most frequent class fills more than this of it (default: %(default)s, never)")
@@ -98,6 +119,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         "which then augments them too and needs no workers (default: %(default)s)")
 
     add = parser.add_argument_group("recipe").add_argument
+    add("--recipe", choices=RECIPES,
+        help="set batch, rate, augmentation and the rest as in the paper (batch 12), or as is best for the data set; flags given beside "
+        "it win")
     add("--epochs", type=int, default=1000, metavar="N", help="passes over the data (default: %(default)s)")
     add("--batch-size", type=int, default=16, metavar="N",
         help="images per step of all processes together, whose number must divide it (default: %(default)s)")
@@ -108,7 +132,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--schedule", choices=("poly", "cosine"), default="poly",
         help=f"how the rate falls to 0: with the power {POLY_POWER} as in the paper, or as half a cosine (default: %(default)s)")
     add("--optimizer", choices=("sgd", "adamw"), default="sgd",
-        help="adamw wants a --base-lr ten times lower and a --weight-decay a thousand times higher (default: %(default)s)")
+        help="adamw wants a --base-lr some 15 times lower and a --weight-decay of 0.01 or more (default: %(default)s)")
     add("--momentum", type=float, default=0.9, metavar="M", help="of SGD, or AdamW's first beta (default: %(default)s)")
     add("--weight-decay", type=float, default=4e-5, metavar="W",
         help="of all but depthwise kernels, batch normalisation and biases (default: %(default)s)")
@@ -121,8 +145,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="weight classes by their share of the training pixels to the power of -POWER; 0 for all alike, 0.5 where rare classes "
         "matter (default: %(default)s)")
     add("--ohem", type=float, default=0.0, metavar="P",
-        help="main loss over hard pixels alone, whose true class gets less than this probability, at least a sixteenth of all; 0 for "
-        "all pixels, usual are 0.3 to 0.7 (default: %(default)s)")
+        help="main loss over hard pixels alone, whose true class gets less than this probability, at least a sixteenth of all of a "
+        "process; 0 for all pixels, usual are 0.3 to 0.7 (default: %(default)s)")
     add("--ema", type=float, default=0.0, metavar="DECAY",
         help="validate and save a moving average of the weights; 0 for the weights themselves, usual are 0.99 for runs of a few "
         "thousand steps and 0.999 for long ones (default: %(default)s)")
@@ -155,24 +179,36 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with the defaults of its --recipe.
+
+    Raises:
+        UsageError: a flag or a value that there is not.
+    """
+    parser = get_args_parser()
+    chosen = parser.parse_args(argv)
+    if chosen.recipe:
+        if chosen.dataset not in RECIPES[chosen.recipe]:
+            raise UsageError(f"--recipe {chosen.recipe} is for {', '.join(RECIPES[chosen.recipe])}, not for {chosen.dataset}")
+        parser.set_defaults(**RECIPES[chosen.recipe][chosen.dataset])
+    return parser.parse_args(argv)
+
+
 def check_args(args: argparse.Namespace, world_size: int) -> None:
     """Raises UsageError for values that cannot work, before anything is read or written."""
     if args.batch_size < 1 or args.batch_size % world_size:
         fitting = max(1, args.batch_size // world_size) * world_size
         raise UsageError(f"--batch-size {args.batch_size} does not divide over {world_size} processes; give e.g. {fitting}")
-    for least, names in (
-        (1, "epochs val_every log_every keep"),
-        (
-            0,
-            "workers warmup_steps momentum weight_decay dropout base_lr seed aux_weight class_balance teacher_weight hue ohem ema",
-        ),
-    ):
+    at_least_0 = (
+        "workers warmup_steps momentum weight_decay dropout base_lr seed aux_weight class_balance teacher_weight hue ohem ema"
+    )
+    for least, names in ((1, "epochs val_every log_every keep"), (0, at_least_0)):
         for name in names.split():
             if getattr(args, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
     if args.benchmark is not None and args.benchmark < 1:
         raise UsageError(f"--benchmark is {args.benchmark}, expected at least 1 step")
-    for name in ("dropout", "ohem", "ema"):
+    for name in ("dropout", "ohem", "ema", "momentum"):
         if getattr(args, name) >= 1:
             raise UsageError(f"--{name} is {getattr(args, name)}, expected less than 1")
     for name in ("brightness", "channel_noise", "contrast", "saturation", "label_smoothing", "half_resolution"):
@@ -251,8 +287,9 @@ class Objective:
     ) -> Tensor:
         """This process' part of the loss, so that the parts of all processes add up to it.
 
-        The mean is over the labelled pixels of all processes, weighted with their class' weights: however many processes share the
-        batch, the loss is that of one.
+        Each mean is over the pixels of all processes that it is taken of, labelled ones or hard ones, weighted with their class'
+        weights: however many processes share the batch, the loss is that of one. Only the hardest sixteenth of --ohem is each
+        process' own.
 
         Args:
             outputs: (N, C, h, w) logits at a lower resolution, of the main head and of the auxiliary ones.
@@ -274,12 +311,18 @@ class Objective:
         counts = [weights.sum(dtype=torch.float32)]
         if self.ohem:
             losses = upsample_cross_entropy(main, target, reduction="none", **options)
-            hard = labelled & hard_pixels(losses.detach(), labelled, self.ohem)
+            plain = losses.detach()  # -ln of the true class's probability, unless weights or smoothing came in
+            if self.label_smoothing or self.class_weights is not None:
+                bare = {"ignore_index": IGNORE, "reduction": "none", "align_corners": self.align_corners}
+                plain = upsample_cross_entropy(main.detach(), target, **bare)
+            hard = labelled & hard_pixels(plain, labelled, self.ohem)
             main_sum = (losses * hard).sum()
             counts.append((weights * hard).sum(dtype=torch.float32))
         else:
             main_sum = upsample_cross_entropy(main, target, reduction="sum", **options)
         if teacher is not None:
+            if teacher.shape[2:] != main.shape[2:]:  # another padding of the first convolution
+                teacher = F.interpolate(teacher, main.shape[2:], mode="bilinear", align_corners=False)
             rows, columns = (
                 torch.arange(size, device=target.device) * whole // size
                 for size, whole in zip(main.shape[2:], target.shape[1:])
@@ -304,7 +347,7 @@ def hard_pixels(losses: Tensor, labelled: Tensor, probability: float) -> Tensor:
 
     The sixteenth is found among every fourth pixel of every fourth row. Nothing here waits for the device.
     """
-    sample = losses.where(labelled, -1.0)[:, ::4, ::4].flatten()
+    sample = losses[:, ::4, ::4].where(labelled[:, ::4, ::4], -1.0).flatten()
     hardest = sample.topk(max(1, sample.numel() // 16), sorted=False).values.min()
     return losses >= hardest.clamp(max=-math.log(probability))
 
@@ -340,7 +383,7 @@ def make_objective(
     weights = None
     if args.class_balance:
         names = dataset.classes.names
-        weights = class_weights(dataset, args.class_balance) if rank == 0 else torch.zeros(len(names))
+        weights = class_weights(dataset, args.class_balance, os.cpu_count() or 1) if rank == 0 else torch.zeros(len(names))
         weights = weights.to(device)
         if world_size > 1:
             dist.broadcast(weights, 0)
@@ -457,7 +500,7 @@ class Run:
     teacher: FastSCNN | None = None
 
     @property
-    def best(self) -> FastSCNN:
+    def evaluated(self) -> FastSCNN:
         """The network that is validated and saved: the average of --ema, or what is trained."""
         return self.average.model if self.average else self.model
 
@@ -559,9 +602,9 @@ def validate(run: Run, dataset: SegmentationDataset) -> dict:
         UsageError: no pixel of the split has a label.
     """
     if run.world_size > 1 and not run.syncs_bn:
-        for buffer in run.best.buffers():  # they differ by the last step: the statistics of rank 0 count, and are saved
+        for buffer in run.evaluated.buffers():  # they differ by the last step: the statistics of rank 0 count, and are saved
             dist.broadcast(buffer, 0)
-    segment = accelerate(run.best, device=run.device, precision=run.amp_dtype or torch.float32, mean=MEAN, std=STD)
+    segment = accelerate(run.evaluated, device=run.device, precision=run.amp_dtype or torch.float32, mean=MEAN, std=STD)
     confusion = evaluate(
         segment, dataset, device=run.device, workers=run.args.workers, rank=run.rank, world_size=run.world_size
     )
@@ -678,7 +721,8 @@ def share_ram_caches(datasets: Sequence[SegmentationDataset], threads: int) -> N
 
 def check_shared_memory(args: argparse.Namespace, share: int) -> None:
     """Raises UsageError where the workers' batches do not fit in /dev/shm, which would end them with a bus error."""
-    batch = 4 * share * args.crop_size[0] * args.crop_size[1]
+    height, width = (size // 2 if args.half_resolution == 1 else size for size in args.crop_size)
+    batch = 4 * share * height * width
     needed = 3 * batch * args.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # two ahead per worker, one in use
     with contextlib.suppress(FileNotFoundError):
         free = shutil.disk_usage("/dev/shm").free
@@ -725,10 +769,11 @@ def benchmark(run: Run, loader: Loader | DeviceLoader, batches: TrainBatches, st
     warmup = 3
     set_training_mode(run)
     result = {"device": str(device), "processes": run.world_size, "precision": run.args.amp, "cache": run.args.cache}
-    result |= {"batch_size": total, "crop_size": run.args.crop_size, "steps": steps}
+    result |= {"batch_size": total, "steps": steps}
     source = endless()
     for _ in range(warmup + 2 * max(1, run.args.workers)):  # what the workers had made ahead does not count
         images, target = next(source)
+    result["crop_size"] = list(images.shape[1:3])
     start = time.perf_counter()
     for _ in range(steps):
         next(source)
@@ -815,12 +860,28 @@ def init_weights(model: FastSCNN, path: str) -> str:
     return f"began with {path}, {classes} classes; begun anew: {', '.join(anew) or 'nothing'}"
 
 
+def load_teacher(path: str, classes: Classes) -> FastSCNN:
+    """The network of --teacher. Raises FileNotFoundError or CheckpointError where there is none of these classes."""
+    checkpoint = read_checkpoint(path)
+    names = checkpoint.get("classes", {}).get("names", list(classes.names))  # another project's file does not tell
+    if names != list(classes.names):
+        raise CheckpointError(f"{path}: was trained on other classes than this run's; train a teacher on this dataset")
+    return build_from_checkpoint(checkpoint, path, len(classes.names)).requires_grad_(False)
+
+
 def check_resume(path: Path, checkpoint: dict, model: FastSCNN, classes: Classes, args: argparse.Namespace) -> None:
     """Raises CheckpointError where the checkpoint is of another network, other classes or, found by auto, other data."""
     differing = {k: (v, model.args.get(k)) for k, v in checkpoint["model_args"].items() if v != model.args.get(k)}
     if differing:
         text = ", ".join(f"{name} {was} (here {now})" for name, (was, now) in differing.items())
         raise CheckpointError(f"{path}: is of a network with {text}; resume with its own arguments, or begin anew")
+    optimizer = checkpoint["args"].get("optimizer", "sgd")
+    if optimizer != args.optimizer:
+        raise CheckpointError(f"{path}: holds the state of {optimizer}; give --optimizer {optimizer}, or begin anew")
+    if "trained" in checkpoint and not args.ema:
+        raise CheckpointError(
+            f"{path}: holds a moving average beside the weights; give --ema, or begin anew with --init-weights"
+        )
     if checkpoint["classes"]["names"] != list(classes.names):
         raise CheckpointError(f"{path}: was trained on other classes; resume on its own dataset, or begin anew")
     if args.resume == "auto" and Path(checkpoint["args"]["data"]).resolve() != Path(args.data).resolve():
@@ -846,7 +907,7 @@ def finish_epoch(run: Run, val_set: SegmentationDataset, epoch: int, total_epoch
             save({**network, **state, "best_miou": best_miou, "validated": validated}, folder / f"{epoch}.pth")
 
     classes = val_set.classes.to_dict()
-    network = {"model": run.best.state_dict(), "model_args": run.model.args, "classes": classes, "epoch": epoch}
+    network = {"model": run.evaluated.state_dict(), "model_args": run.model.args, "classes": classes, "epoch": epoch}
     due = epoch % args.val_every == 0 or epoch == total_epochs
     save_numbered(validated=not due)
     if due:
@@ -956,25 +1017,23 @@ def describe(run: Run, train_images: int, val_images: int, steps_per_epoch: int)
 
 def main(argv: list[str] | None = None) -> None:
     """Trains as the command line says."""
-    args = get_args_parser().parse_args(argv)
+    args = parse_args(argv)
     args.data = args.data or f"datasets/{args.dataset}"
     check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
     out = Path(args.out)
 
     # Data and the checkpoint to resume from are looked at before anything is written or any process waits for another.
     names = ("brightness", "channel_noise", "contrast", "saturation", "hue", "max_class_share")
-    choices = {name: getattr(args, name) for name in names}
+    choices = {"scale_range": tuple(args.scale_range), **{name: getattr(args, name) for name in names}}
     if not args.augment:
         choices = {"scale_range": (1.0, 1.0), "flip": False, "brightness": 0.0, "channel_noise": 0.0}
     half_epochs = round(args.half_resolution * args.epochs)
-    augmentation = Augmentation(
-        tuple(args.crop_size), **{"scale_range": tuple(args.scale_range), **choices}, half_epochs=half_epochs, seed=args.seed
-    )
+    augmentation = Augmentation(tuple(args.crop_size), **choices, half_epochs=half_epochs, seed=args.seed)
     train_set = open_dataset(args.dataset, args.data, args.split, augmentation)
     val_set = open_dataset(args.dataset, args.data, args.val_split)
     torch.manual_seed(args.seed)
     model = FastSCNN(len(train_set.classes.names), variant=args.variant, aux=args.aux, dropout=args.dropout)
-    teacher = load_weights(args.teacher, len(train_set.classes.names)) if args.teacher else None
+    teacher = load_teacher(args.teacher, train_set.classes) if args.teacher else None
     resumed = find_resume(args)
     begun = [init_weights(model, args.init_weights)] if args.init_weights and not resumed else []
     if resumed:
@@ -1008,7 +1067,7 @@ def main(argv: list[str] | None = None) -> None:
 
         average = MovingAverage(model, args.ema) if args.ema else None
         if teacher:
-            teacher.to(device, memory_format=torch.channels_last).requires_grad_(False)
+            teacher.to(device, memory_format=torch.channels_last)
 
         first_epoch, best_miou = 1, -1.0
         if resumed:
@@ -1023,7 +1082,8 @@ def main(argv: list[str] | None = None) -> None:
                 scaler.load_state_dict(checkpoint["scaler"])
             first_epoch, best_miou = checkpoint["epoch"] + 1, checkpoint["best_miou"]
             before = {name: value for name, value in checkpoint["args"].items() if name != "resume"}
-            changed = [f"{name} {was} -> {vars(args).get(name)}" for name, was in before.items() if was != vars(args).get(name)]
+            now = {name: value for name, value in vars(args).items() if name != "resume"}
+            changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if value != before.get(name)]
             log.line(f"resumed {path} after epoch {checkpoint['epoch']}; changed: {', '.join(changed) or 'nothing'}")
             if rank == 0 and best_miou >= 0 and not (out / "checkpoints" / "best_model.pth").exists():
                 log.line("there is no best_model.pth to go with it: the best of what follows will be it")

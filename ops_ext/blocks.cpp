@@ -729,7 +729,8 @@ void of_type(const Tensor& weight, const Operator& operation) {
 }
 
 template <class T>
-Pointwise<T> pointwise_of(const char* name, const Tensor& weight, const Tensor& bias, int64_t in, bool relu, float ceiling = NO_CEILING) {
+Pointwise<T> pointwise_of(const char* name, const Tensor& weight, const Tensor& bias, int64_t in, bool relu,
+                          float ceiling = NO_CEILING) {
   constexpr bool half = std::is_same_v<T, Half>;
   constexpr int64_t multiple = half ? MULTIPLE : MULTIPLE / 2;
   const int64_t out = bias.dim() == 1 ? bias.size(0) : 0;
@@ -745,7 +746,8 @@ Pointwise<T> pointwise_of(const char* name, const Tensor& weight, const Tensor& 
 }
 
 template <class T>
-Depthwise<T> depthwise_of(const Tensor& weight, const Tensor& bias, int64_t channels, int64_t stride, int64_t dilation, bool relu, float ceiling = NO_CEILING) {
+Depthwise<T> depthwise_of(const Tensor& weight, const Tensor& bias, int64_t channels, int64_t stride, int64_t dilation, bool relu,
+                          float ceiling = NO_CEILING) {
   check_vector("depthwise bias", bias, channels);
   check(weight.dim() == 2 && weight.size(0) == 9 && weight.size(1) == channels && weight.is_cpu() && weight.is_contiguous() &&
             weight.scalar_type() == ScalarType::Float && channels % GROUP<T> == 0,

@@ -42,15 +42,17 @@ class FusedFastSCNN:
         self.half = half
         self.align_corners = bool(getattr(model, "align_corners", False))
         self.padding = down.conv.conv.padding[0]
-        self.relu6 = isinstance(blocks[0].expand.relu, nn.ReLU6)
-        depthwise_relu = hasattr(down.dsconv1.depthwise, "relu")
+        separable = [each.depthwise for each in (down.dsconv1, down.dsconv2, classifier.dsconv1, classifier.dsconv2)]
+        depthwise_relu = hasattr(separable[0], "relu")
+        if any(hasattr(each, "relu") != depthwise_relu for each in separable):
+            raise RuntimeError("the depthwise separable convolutions differ")
         self.multiple = MULTIPLE if half else MULTIPLE // 2
         weight, bias = _folded(down.conv)
         weight = weight / (torch.tensor(std) * 255).view(1, 3, 1, 1)
         first = (torch.tensor(mean) * 255, weight.permute(2, 3, 1, 0).reshape(27, -1).contiguous(), bias)
-        self.stem = (*first, *self._separable(down.dsconv1), *self._separable(down.dsconv2))
-        self.detail_channels, self.score_channels = len(self.stem[-1]), len(self._padded(classifier.conv.bias))
-        self.stem = (*self.stem, self.padding, depthwise_relu)
+        separable = (*self._separable(down.dsconv1), *self._separable(down.dsconv2))
+        self.stem = (*first, *separable, self.padding, depthwise_relu)
+        self.detail_channels, self.score_channels = len(separable[-1]), len(self._padded(classifier.conv.bias))
         self.bottlenecks = [self._bottleneck(block) for block in blocks]
         # A dense 3x3 convolution after the pyramid (mmseg's) is one that PyTorch's library does well.
         dense = features.pyramid_pooling.project.conv.kernel_size != (1, 1)
@@ -179,7 +181,7 @@ class FusedFastSCNN:
 
     def _bottleneck(self, block: nn.Module) -> tuple:
         layers = (*self._pointwise(block.expand), *self._depthwise(block.depthwise), *self._pointwise(block.project))
-        return (*layers, block.depthwise.conv.stride[0], block.residual, self.relu6)
+        return (*layers, block.depthwise.conv.stride[0], block.residual, isinstance(block.expand.relu, nn.ReLU6))
 
     def _pyramid(self, pooling: nn.Module) -> tuple[Tensor, ...]:
         reduce = [_folded(layer) for layer in pooling.reduce]

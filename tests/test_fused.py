@@ -183,20 +183,23 @@ def test_every_variant_runs_in_the_kernels(variant, precision):
     assert (segment(images) == expected).float().mean() > (0.999 if precision == torch.float32 else 0.97)
 
 
-def test_relu6_has_its_ceiling():
+@pytest.mark.parametrize("half", [False, True])
+def test_relu6_has_its_ceiling(half):
+    if half and not torch.ops.ops_ext.has_bfloat16():
+        pytest.skip("no AVX512-BF16 on this CPU")
     # Activations of random weights seldom reach 6: scaled up, most of them do.
     model, images = network(variant="segmentron"), images_of(1, 97, 131)
     for block in model.global_feature_extractor.bottleneck1:
         for layer in (block.expand, block.depthwise):
             layer.bn.weight.data *= 20
     with torch.inference_mode():
-        scores = FusedFastSCNN(model, MEAN, STD, half=False).logits(images)
+        scores = FusedFastSCNN(model, MEAN, STD, half).logits(images)
     expected = scores_of(model, images)
     for module in model.modules():
         if isinstance(module, nn.ReLU6):
             module.max_val = 1e9
     assert (scores_of(model, images) - expected).norm() > 0.05 * expected.norm()  # else this shows nothing
-    assert (scores - expected).norm() < 1e-4 * expected.norm()
+    assert (scores - expected).norm() < (0.02 if half else 1e-4) * expected.norm()
 
 
 def test_folded_batch_normalisation_changes_nothing():

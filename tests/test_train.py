@@ -18,7 +18,7 @@ import data
 import train
 from conftest import last_json, run_script
 from data import IGNORE
-from eval import exit_status
+from eval import UsageError, exit_status
 from model import FastSCNN, load_weights, read_checkpoint
 from train import Objective, choose_amp, learning_rate, parameter_groups
 
@@ -48,6 +48,21 @@ def records(out, kind):
 
 
 # ------------------------------------------------------------------------------------------------------- parts of the loop
+
+
+def test_recipes_set_defaults_and_flags_beside_them_win():
+    plain = vars(train.parse_args([]))
+    for recipe, by_dataset in train.RECIPES.items():
+        for dataset, choices in by_dataset.items():
+            assert choices.keys() <= plain.keys(), "a recipe sets what is no flag"
+            args = train.parse_args(["--recipe", recipe, "--dataset", dataset])
+            assert {name: getattr(args, name) for name in choices} == choices
+            train.check_args(args, 1)
+    paper = train.parse_args(["--recipe", "paper", "--batch-size", "6"])
+    assert (paper.batch_size, paper.base_lr, paper.epochs, paper.aux_weight) == (6, 0.045, 1000, 0.4)
+    assert (paper.momentum, paper.weight_decay, paper.schedule, paper.ohem, paper.ema) == (0.9, 4e-5, "poly", 0, 0)
+    with pytest.raises(UsageError, match="--recipe paper is for cityscapes, camvid, folder, not for kitti"):
+        train.parse_args(["--recipe", "paper", "--dataset", "kitti"])
 
 
 def test_poly_schedule_by_hand():
@@ -90,17 +105,17 @@ def test_loss_weights_the_auxiliary_outputs_by_0_4():
 def plain_loss(main, aux, target, weights, smoothing, probability):
     """The same loss, restated at full resolution in float64."""
 
-    def losses(scores):
+    def losses(scores, weights=weights, smoothing=smoothing):
         scores = F.interpolate(scores, target.shape[1:], mode="bilinear")
         return F.cross_entropy(scores, target.long(), weights, ignore_index=IGNORE, label_smoothing=smoothing, reduction="none")
 
     labelled = target != IGNORE
     weight = weights[target.where(labelled, 0).long()] * labelled
-    main, aux, kept = losses(main), losses(aux), labelled
-    if probability:
-        sample = main.detach()[:, ::4, ::4][labelled[:, ::4, ::4]]
-        most = math.ceil(main[:, ::4, ::4].numel() / 16 - 0.999)
-        kept = labelled & (main >= min(-math.log(probability), sample.sort(descending=True).values[most - 1]))
+    main, aux, bare, kept = losses(main), losses(aux), losses(main.detach(), None, 0.0), labelled
+    if probability:  # by the true class's probability, whatever its weight
+        sample = bare[:, ::4, ::4]
+        hardest = sample[labelled[:, ::4, ::4]].sort(descending=True).values[sample.numel() // 16 - 1]
+        kept = labelled & (bare >= min(-math.log(probability), hardest))
     return (main * kept).sum() / (weight * kept).sum() + 0.4 * aux.sum() / weight.sum(), kept
 
 
@@ -258,21 +273,38 @@ def test_interrupted_and_resumed_with_every_part_of_the_recipe(drawn, tmp_path):
 
 
 def test_two_processes_take_the_steps_of_one_with_every_part_of_the_recipe(drawn, tmp_path):
-    choices = {**EVERYTHING, "dropout": 0, "freeze_bn": True, "epochs": 1, "half_resolution": 0}
+    root = unevenly_labelled(drawn, tmp_path / "uneven")
+    assert run(drawn, tmp_path / "teacher", epochs=1) == 0
+    choices = {**EVERYTHING, "optimizer": "sgd", "base_lr": 0.045, "teacher": tmp_path / "teacher/checkpoints/1.pth"}
+    choices |= {"dropout": 0, "freeze_bn": True, "epochs": 1, "half_resolution": 0}
     for name, processes in (("one", 1), ("two", 2)):
-        done = run_script("train.py", *flags(drawn, tmp_path / name, **choices), processes=processes)
+        done = run_script("train.py", *flags(root, tmp_path / name, **choices), processes=processes)
         assert done.returncode == 0, done.stderr
-    one, two = (read_checkpoint(tmp_path / name / "checkpoints/1.pth")["trained"] for name in ("one", "two"))
-    # AdamW moves a weight by its rate whatever the gradient's size: where that is rounding, both may go either way.
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=2e-3)
+    losses = [[r["loss"] for r in records(tmp_path / name, "train")] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for part in ("trained", "model"):
+        one, two = (read_checkpoint(tmp_path / name / "checkpoints/1.pth")[part] for name in ("one", "two"))
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_resuming_with_another_optimiser_or_without_the_average_is_refused(drawn, tmp_path, capsys):
+    assert run(drawn, tmp_path / "r", epochs=1, ema=0.9) == 0
+    for changes, message in (
+        ({"ema": 0.9, "optimizer": "adamw"}, "1.pth: holds the state of sgd; give --optimizer sgd"),
+        ({}, "1.pth: holds a moving average beside the weights; give --ema"),
+    ):
+        assert run(drawn, tmp_path / "r", **changes, resume="auto") == 2
+        assert message in capsys.readouterr().err
+    assert run(drawn, tmp_path / "r", ema=0.5, ohem=0.7, resume="auto") == 0
+    assert "changed: epochs 1 -> 2, ohem 0.0 -> 0.7, ema 0.9 -> 0.5" in capsys.readouterr().out
 
 
 def test_teacher_of_other_classes_is_refused(drawn, folder_dataset, tmp_path, capsys):
     assert run(folder_dataset, tmp_path / "t", dataset="folder", epochs=1, crop_size=(32, 48)) == 0
     capsys.readouterr()
     assert run(drawn, tmp_path / "r", teacher=tmp_path / "t/checkpoints/1.pth") == 2
-    assert "classes, expected 19" in capsys.readouterr().err
+    assert "was trained on other classes than this run" in capsys.readouterr().err
 
 
 def test_resuming_elsewhere_takes_the_best_model_along(drawn, tmp_path):
@@ -332,14 +364,19 @@ def test_half_precision_with_a_static_loss_scale(drawn, tmp_path):
     assert losses == pytest.approx([r["loss"] for r in records(tmp_path / "s", "train")], rel=0.02)
 
 
-def test_gradient_of_the_global_mean_whatever_the_ignored_share(drawn, tmp_path):
-    # One process has most of its labels ignored: a mean of means would weight its few pixels far too much.
-    root = tmp_path / "uneven"
+def unevenly_labelled(drawn, root):
+    """The drawn scenes with most labels of every second image ignored."""
     shutil.copytree(drawn, root)
     for path in sorted((root / "gtFine/train/street").glob("*_labelIds.png"))[::2]:
         label = Image.open(path)
         label.paste(0, (0, 0, label.width, label.height - 8))
         label.save(path)
+    return root
+
+
+def test_gradient_of_the_global_mean_whatever_the_ignored_share(drawn, tmp_path):
+    # One process has most of its labels ignored: a mean of means would weight its few pixels far too much.
+    root = unevenly_labelled(drawn, tmp_path / "uneven")
     common = {"dropout": 0, "freeze_bn": True, "epochs": 1}
     for name, processes in (("one", 1), ("two", 2)):
         done = run_script("train.py", *flags(root, tmp_path / name, **common), processes=processes)

@@ -169,7 +169,7 @@ def step_cases(device: torch.device, precision: torch.dtype | None) -> Cases:
         train.upsample_cross_entropy = loss_function
         with torch.autocast(device.type, precision, enabled=precision is not None):
             outputs = model(normalise(images), upsample=False)
-        loss = train.loss_sum(outputs, target) / target.numel()
+        loss = train.Objective()(outputs, target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

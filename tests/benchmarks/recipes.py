@@ -19,12 +19,16 @@ import shlex
 import statistics
 import subprocess
 import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The base is the paper's recipe with the crop and the batch of a small data set; every other name changes one thing.
+# The base is train.py's defaults with CamVid's size, a smaller batch at a rate that goes with it, and less of a resize; every other
+# name changes one thing.
 BASE = "--crop-size 360 480 --scale-range 0.75 1.75 --batch-size 4 --base-lr 0.135 --workers 0 --cache ram"
 ELEMENTS = {
     "base": "",
@@ -43,6 +47,7 @@ ELEMENTS = {
     "aux weight 1": "--aux-weight 1",
     "batch 8": "--batch-size 8 --base-lr 0.0675",
     "class balance 0.25": "--class-balance 0.25",
+    "class balance 0.75": "--class-balance 0.75",
     "class share 0.75": "--max-class-share 0.75",
     "bootstrapped 0.3": "--ohem 0.3",
     "twice the rate": "--base-lr 0.27",
@@ -50,85 +55,88 @@ ELEMENTS = {
 }
 
 
-def run(name: str, seed: int, args: argparse.Namespace, threads: int) -> dict:
-    """One training; its flags, mIoU after the last epoch, and time."""
-    flags = [*shlex.split(BASE), *shlex.split(args.add), *shlex.split(ELEMENTS[name])]
-    out = Path(args.out) / f"{name.replace(' ', '-')}-{seed}"
-    command = [sys.executable, str(ROOT / "train.py"), "--dataset", args.dataset, "--data", args.data, *flags]
-    command += [
-        "--epochs",
-        str(args.epochs),
-        "--val-every",
-        str(args.epochs),
-        "--seed",
-        str(seed),
-        "--out",
-        str(out),
-        "--keep",
-        "1",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{shlex.join(command)}: status {done.returncode}\n{done.stderr}")
-    if args.scale == 1:
-        lines = (out / "logs/metrics.jsonl").read_text().splitlines()
-        last = [record for record in map(json.loads, lines) if record["kind"] == "val"][-1]
-    else:
-        command = [
-            sys.executable,
-            str(ROOT / "eval.py"),
-            "--weights",
-            str(out / f"checkpoints/{args.epochs}.pth"),
-            "--workers",
-            "0",
-        ]
-        command += ["--dataset", args.dataset, "--data", args.data, "--scales", str(args.scale)]
-        last = json.loads(
-            subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-        )
-    kept = {key: last[key] for key in ("miou", "pixel_accuracy", "class_iou")}
-    return {"name": name, "seed": seed, "epochs": args.epochs, "scale": args.scale, "flags": shlex.join(flags), **kept}
+@dataclass(frozen=True)
+class Case:
+    """One training: an element by name, and all that decides its result."""
+
+    name: str
+    dataset: str
+    data: str
+    epochs: int
+    scale: float
+    seed: int
+    flags: str
+
+    def run(self, out: Path, threads: int) -> dict:
+        """Trains and evaluates in processes of their own; the case and its figures."""
+        folder = out / f"{self.name.replace(' ', '-')}-{zlib.crc32(repr(self).encode()):08x}"
+        data = ["--dataset", self.dataset, "--data", self.data]
+        train = ["--epochs", str(self.epochs), "--val-every", str(self.epochs), "--seed", str(self.seed), "--out", str(folder)]
+        self._call("train.py", [*data, *shlex.split(self.flags), *train, "--keep", "1"], threads)
+        weights = ["--weights", str(folder / f"checkpoints/{self.epochs}.pth"), "--workers", "0", "--scales", str(self.scale)]
+        figures = json.loads(self._call("eval.py", [*data, *weights], threads).splitlines()[-1])
+        return {**asdict(self), **{name: figures[name] for name in ("miou", "pixel_accuracy", "class_iou")}}
+
+    @staticmethod
+    def _call(script: str, flags: list[str], threads: int) -> str:
+        command = [sys.executable, str(ROOT / script), *flags]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{shlex.join(command)}: status {done.returncode}\n{done.stderr}")
+        return done.stdout
+
+
+def table(names: Sequence[str], found: Callable[[str], list[float]]) -> Iterator[str]:
+    """Rows of Markdown: mean, bounds and gain over the base of the mIoUs that `found` gives for each name."""
+    yield f"| element | flags | seeds | val mIoU, mean | lowest to highest | gain, points |\n|{'---|' * 6}"
+    base = found("base")
+    for name in names:
+        if values := found(name):
+            mean, bounds = statistics.mean(values), f"{min(values):.4f} to {max(values):.4f}"
+            gain = f"{100 * (mean - statistics.mean(base)):+.1f}" if base else ""
+            yield f"| {name} | `{ELEMENTS[name]}` | {len(values)} | {mean:.4f} | {bounds} | {gain} |"
 
 
 def main() -> None:
+    """Runs what is missing, then prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="camvid", help="as of train.py (default: %(default)s)")
-    parser.add_argument("--data", default=str(ROOT.parent / "shared" / "camvid"), help="its folder (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=24, help="of each run (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=ELEMENTS, default=list(ELEMENTS), metavar="NAME", help=", ".join(ELEMENTS))
-    parser.add_argument("--add", default="", metavar="FLAGS", help="more flags of train.py, for all runs")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the images in the last evaluation (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores (default: %(default)s)")
-    parser.add_argument("--out", default=str(ROOT / "runs" / "recipes"), help="folder of the runs (default: %(default)s)")
+    add = parser.add_argument
+    add("--dataset", default="camvid", help="as of train.py (default: %(default)s)")
+    add("--data", default=str(ROOT.parent / "shared" / "camvid"), help="its folder (default: %(default)s)")
+    add("--epochs", type=int, default=24, help="of each run (default: %(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--only", nargs="+", choices=ELEMENTS, default=list(ELEMENTS), metavar="NAME", help=", ".join(ELEMENTS))
+    add("--add", default="", metavar="FLAGS", help="more flags of train.py, for all runs")
+    add("--scale", type=float, default=1.0, help="of the images in the last evaluation (default: %(default)s)")
+    add("--jobs", type=int, default=1, help="runs at once, which share the cores (default: %(default)s)")
+    add("--out", default=str(ROOT / "runs" / "recipes"), help="folder of the runs (default: %(default)s)")
     args = parser.parse_args()
-    results = Path(args.out) / "results.jsonl"
-    results.parent.mkdir(parents=True, exist_ok=True)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / "results.jsonl"
     records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
-    def found(name: str, seed: int) -> dict | None:
-        flags = shlex.join([*shlex.split(BASE), *shlex.split(args.add), *shlex.split(ELEMENTS[name])])
-        wanted = (seed, args.epochs, args.scale, flags)
-        same = (r for r in records if (r["seed"], r["epochs"], r["scale"], r["flags"]) == wanted)
-        return next(same, None)
+    def case(name: str, seed: int) -> Case:
+        flags = shlex.join(shlex.split(f"{BASE} {args.add} {ELEMENTS[name]}"))
+        return Case(name, args.dataset, args.data, args.epochs, args.scale, seed, flags)
 
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    def found(name: str) -> list[float]:
+        cases = [asdict(case(name, seed)) for seed in args.seeds]
+        return [record["miou"] for each in cases for record in records if each.items() <= record.items()]
+
+    def run(each: Case) -> None:
+        record = each.run(out, max(1, (os.cpu_count() or 1) // args.jobs))
+        records.append(record)
+        with results.open("a") as file:
+            print(json.dumps(record), file=file)
+        print(f"{record['name']}, seed {record['seed']}: mIoU {record['miou']:.4f}", flush=True)
+
+    done = [record.items() for record in records]
+    cases = [case(name, seed) for seed in args.seeds for name in args.only]
     with ThreadPoolExecutor(args.jobs) as pool:
-        missing = [(name, seed) for seed in args.seeds for name in args.only if not found(name, seed)]
-        for record in pool.map(lambda each: run(*each, args, threads), missing):
-            records.append(record)
-            with results.open("a") as file:
-                print(json.dumps(record), file=file)
-            print(f"{record['name']}, seed {record['seed']}: mIoU {record['miou']:.4f}", flush=True)
-
-    print(f"\n| element | flags | seeds | val mIoU, mean | lowest to highest | gain, points |\n|{'---|' * 6}")
-    reference = [r["miou"] for seed in args.seeds if (r := found("base", seed))]
-    for name in args.only:
-        values = [r["miou"] for seed in args.seeds if (r := found(name, seed))]
-        mean, bounds = statistics.mean(values), f"{min(values):.4f} to {max(values):.4f}"
-        gain = f"{100 * (mean - statistics.mean(reference)):+.1f}" if reference else ""
-        print(f"| {name} | `{ELEMENTS[name]}` | {len(values)} | {mean:.4f} | {bounds} | {gain} |")
+        missing = (each for each in cases if not any(asdict(each).items() <= record for record in done))
+        list(pool.map(run, missing))
+    print("", *table(args.only, found), sep="\n")
 
 
 if __name__ == "__main__":
