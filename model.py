@@ -21,6 +21,7 @@ import itertools
 import os
 import pickle
 import re
+import zipfile
 from dataclasses import dataclass
 
 import torch
@@ -481,6 +482,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        own = isinstance(checkpoint, dict) and {"model", "model_args"} <= checkpoint.keys()
+        if own and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint; give the path of a .pth file that train.py wrote") from None
     except IsADirectoryError:
@@ -495,8 +501,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
             ) from error
         reason = "not the plain tensors of a checkpoint" if isinstance(error, pickle.UnpicklingError) else f"{error!r:.100}"
         reason = " ".join(reason.split())
-        raise CheckpointError(f"{path}: truncated or no checkpoint ({reason}); take another file") from error
-    if isinstance(checkpoint, dict) and {"model", "model_args"} <= checkpoint.keys():
+        raise CheckpointError(f"{path}: damaged, truncated or no checkpoint ({reason}); take another file") from error
+    if own:
         return checkpoint
     for wrapping in ("state_dict", "model"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapping), dict):

@@ -73,7 +73,7 @@ _PAPER = {
     "momentum": 0.9, "weight_decay": 4e-5, "aux_weight": AUX_WEIGHT, "dropout": 0.1,
 }  # fmt: skip
 _SMALL = {
-    "batch_size": 4, "base_lr": 0.27, "epochs": 1000, "scale_range": [0.75, 1.75], "class_balance": 0.5, "ema": 0.99,
+    "batch_size": 4, "base_lr": 0.27, "epochs": 1000, "scale_range": [0.75, 1.75], "class_balance": 0.5, "class_balance_end": 0.0, "ema": 0.99,
     "dropout": 0.0, "half_resolution": 0.8,
 }  # fmt: skip
 _LARGE = {
@@ -144,6 +144,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--class-balance", type=float, default=0.0, metavar="POWER",
         help="weight classes by their share of the training pixels to the power of -POWER; 0 for all alike, 0.5 where rare classes "
         "matter (default: %(default)s)")
+    add("--class-balance-end", type=float, metavar="POWER",
+        help="power in the last epoch, towards which it moves evenly: 0 finds rare classes early and weighs errors as they are "
+        "counted late (default: that of --class-balance)")
     add("--ohem", type=float, default=0.0, metavar="P",
         help="main loss over hard pixels alone, whose true class gets less than this probability, at least a sixteenth of all of a "
         "process; 0 for all pixels, usual are 0.3 to 0.7 (default: %(default)s)")
@@ -208,6 +211,8 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
     if args.benchmark is not None and args.benchmark < 1:
         raise UsageError(f"--benchmark is {args.benchmark}, expected at least 1 step")
+    if args.class_balance_end is not None and args.class_balance_end < 0:
+        raise UsageError(f"--class-balance-end is {args.class_balance_end}, expected at least 0")
     for name in ("dropout", "ohem", "ema", "momentum"):
         if getattr(args, name) >= 1:
             raise UsageError(f"--{name} is {getattr(args, name)}, expected less than 1")
@@ -241,6 +246,12 @@ def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int, s
     return peak * warmup * ((1 - done) ** POLY_POWER if schedule == "poly" else 0.5 + 0.5 * math.cos(math.pi * done))
 
 
+def class_power(epoch: int, args: argparse.Namespace) -> float:
+    """Power of the classes' weights in an epoch, counted from 1."""
+    begin, end = args.class_balance, args.class_balance if args.class_balance_end is None else args.class_balance_end
+    return begin + (end - begin) * (epoch - 1) / max(1, args.epochs - 1)
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Optimiser groups: weight decay on the kernels of convolutions, but on no depthwise kernel, batch norm or bias."""
     decayed = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
@@ -270,6 +281,7 @@ class Objective:
         aux_weight: of each auxiliary loss.
         label_smoothing: share of the target that is spread over all classes.
         ohem: the main loss is over the pixels whose true class gets less than this probability; 0 for all.
+        class_shares: (C,) float64 on the CPU, the classes' shares of the pixels, None where they are not weighted.
         class_weights: (C,) float32, None for 1.
         teacher_weight: of the divergence from the teacher's probabilities.
         align_corners: of the network's resizing.
@@ -278,9 +290,15 @@ class Objective:
     aux_weight: float = AUX_WEIGHT
     label_smoothing: float = 0.0
     ohem: float = 0.0
+    class_shares: Tensor | None = None
     class_weights: Tensor | None = None
     teacher_weight: float = 0.0
     align_corners: bool = False
+
+    def balance(self, power: float, device: torch.device) -> None:
+        """Weights classes by their shares to the power of -`power` from now on."""
+        if self.class_shares is not None:
+            self.class_weights = class_weights(self.class_shares, power).to(device)
 
     def __call__(
         self, outputs: Tensor | tuple[Tensor, ...], target: Tensor, teacher: Tensor | None = None, world_size: int = 1
@@ -352,11 +370,8 @@ def hard_pixels(losses: Tensor, labelled: Tensor, probability: float) -> Tensor:
     return losses >= hardest.clamp(max=-math.log(probability))
 
 
-def class_weights(dataset: SegmentationDataset, power: float, threads: int = 4) -> Tensor:
-    """(C,) float32: each class' share of the labelled pixels to the power of -`power`, so that the mean over all pixels is 1.
-
-    Reads all label maps. A class that does not occur has the weight 0.
-    """
+def class_shares(dataset: SegmentationDataset, threads: int = 4) -> Tensor:
+    """(C,) float64: each class' share of the labelled pixels of a dataset. Reads all label maps."""
 
     def count(index: int) -> np.ndarray:
         if dataset.cache:
@@ -365,9 +380,13 @@ def class_weights(dataset: SegmentationDataset, power: float, threads: int = 4) 
 
     with ThreadPoolExecutor(threads) as pool:
         counts = sum(pool.map(count, range(len(dataset))))[: len(dataset.classes.names)]
-    share = counts / max(1, counts.sum())
-    weights = np.where(share > 0, np.maximum(share, 1e-12) ** -power, 0)
-    return torch.from_numpy(weights / max(1e-12, (weights * share).sum())).float()
+    return torch.from_numpy(counts / max(1, counts.sum()))
+
+
+def class_weights(shares: Tensor, power: float) -> Tensor:
+    """(C,) float32: shares to the power of -`power`, so that the mean over all pixels is 1; 0 for a class that does not occur."""
+    weights = torch.where(shares > 0, shares.clamp(min=1e-12) ** -power, 0.0)
+    return (weights / (weights * shares).sum().clamp(min=1e-12)).float()
 
 
 def make_objective(
@@ -380,15 +399,18 @@ def make_objective(
     log: Log,
 ) -> Objective:
     """The loss as the flags have it; rank 0 counts the classes where they are to be weighted."""
-    weights = None
-    if args.class_balance:
+    shares = None
+    if args.class_balance or args.class_balance_end:
         names = dataset.classes.names
-        weights = class_weights(dataset, args.class_balance, os.cpu_count() or 1) if rank == 0 else torch.zeros(len(names))
-        weights = weights.to(device)
+        zeros = torch.zeros(len(names), dtype=torch.float64)
+        shares = class_shares(dataset, os.cpu_count() or 1) if rank == 0 else zeros
         if world_size > 1:
-            dist.broadcast(weights, 0)
+            shares = shares.to(device)
+            dist.broadcast(shares, 0)
+            shares = shares.cpu()
+        weights = class_weights(shares, args.class_balance)
         log.line(f"class weights {' '.join(f'{name}={weight:.2f}' for name, weight in zip(names, weights.tolist()))}")
-    return Objective(args.aux_weight, args.label_smoothing, args.ohem, weights, args.teacher_weight, model.align_corners)
+    return Objective(args.aux_weight, args.label_smoothing, args.ohem, shares, None, args.teacher_weight, model.align_corners)
 
 
 class MovingAverage:
@@ -562,6 +584,7 @@ def train_one_epoch(run: Run, loader: Iterable[tuple[Tensor, Tensor]], epoch: in
     """
     args = run.args
     set_training_mode(run)
+    run.objective.balance(class_power(epoch, args), run.device)
     total_steps = args.epochs * len(loader)
     step, last_step = (epoch - 1) * len(loader), epoch * len(loader)
     loss_total, steps_in_total = torch.zeros((), device=run.device), 0  # on the device: no step waits for the host
@@ -768,6 +791,7 @@ def benchmark(run: Run, loader: Loader | DeviceLoader, batches: TrainBatches, st
 
     warmup = 3
     set_training_mode(run)
+    run.objective.balance(run.args.class_balance, device)
     result = {"device": str(device), "processes": run.world_size, "precision": run.args.amp, "cache": run.args.cache}
     result |= {"batch_size": total, "steps": steps}
     source = endless()
@@ -805,11 +829,20 @@ def benchmark(run: Run, loader: Loader | DeviceLoader, batches: TrainBatches, st
 
 
 def save(checkpoint: dict, path: Path) -> None:
-    """Writes beside `path` and renames, so that a file of this name is always whole."""
+    """Writes beside `path`, to the disk, and renames, so that a file of this name is whole even after a power cut."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        torch.save(checkpoint, temporary)
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # not every system lets a folder be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -819,25 +852,37 @@ def numbered_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("*.pth") if p.stem.isdigit()), key=lambda p: int(p.stem))
 
 
-def find_resume(args: argparse.Namespace) -> tuple[Path, dict] | None:
+def find_resume(args: argparse.Namespace, notes: list[str]) -> tuple[Path, dict] | None:
     """The checkpoint that --resume asks for and its path; None to begin anew.
 
+    Of "auto" it is the newest one that is whole; which were passed over is added to `notes`.
+
     Raises:
-        FileNotFoundError, CheckpointError: a path was given, and it is missing or cannot be resumed from.
+        FileNotFoundError, CheckpointError: a path was given, and it is missing or cannot be resumed from; or of the checkpoints
+            that there are none is whole.
     """
     if args.resume is None:
         return None
-    path = Path(args.resume)
-    if args.resume == "auto":
-        found = numbered_checkpoints(Path(args.out) / "checkpoints")
-        if not found:
-            return None
-        path = found[-1]
+    if args.resume != "auto":
+        return Path(args.resume), read_training_state(Path(args.resume))
+    found = numbered_checkpoints(Path(args.out) / "checkpoints")
+    for path in reversed(found):
+        try:
+            return path, read_training_state(path)
+        except CheckpointError as error:
+            notes.append(f"passed over {error}")
+    if found:
+        raise CheckpointError(f"{found[0].parent}: none of {len(found)} checkpoints can be resumed; {notes[0]}")
+    return None
+
+
+def read_training_state(path: Path) -> dict:
+    """A checkpoint with all that resuming needs. Raises FileNotFoundError or CheckpointError."""
     checkpoint = read_checkpoint(path)
     missing = {"epoch", "optimizer", "scaler", "best_miou", "validated", "args", "classes"} - checkpoint.keys()
     if missing:
         raise CheckpointError(f"{path}: holds no {', '.join(sorted(missing))}, so no training state; take a numbered one")
-    return path, checkpoint
+    return checkpoint
 
 
 def init_weights(model: FastSCNN, path: str) -> str:
@@ -948,6 +993,8 @@ def prepare_output(out: Path, resumed: tuple[Path, dict] | None) -> list[str]:
     continues = resumed is not None and resumed[0].resolve().parent == folder.resolve()
     if continues:
         epoch = resumed[1]["epoch"]
+        for path in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            path.unlink()
         stale = [path for path in numbered_checkpoints(folder) if int(path.stem) > epoch]
         stale += [best] if best.exists() and epoch_of_best(best) > epoch else []
         if (logs / "metrics.jsonl").exists():
@@ -1034,8 +1081,9 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model = FastSCNN(len(train_set.classes.names), variant=args.variant, aux=args.aux, dropout=args.dropout)
     teacher = load_teacher(args.teacher, train_set.classes) if args.teacher else None
-    resumed = find_resume(args)
-    begun = [init_weights(model, args.init_weights)] if args.init_weights and not resumed else []
+    begun = []
+    resumed = find_resume(args, begun)
+    begun += [init_weights(model, args.init_weights)] if args.init_weights and not resumed else []
     if resumed:
         check_resume(*resumed, model, train_set.classes, args)
 

@@ -146,8 +146,8 @@ def cut(path, target):
     "flags, message",
     [
         (lambda w, d, t: ["--weights", t / "none.pth", "--data", d], "none.pth: no such checkpoint"),
-        (lambda w, d, t: ["--weights", cut(w, t / "cut.pth"), "--data", d], "cut.pth: truncated or no checkpoint"),
-        (lambda w, d, t: ["--weights", next(d.rglob("*.png")), "--data", d], "truncated or no checkpoint"),
+        (lambda w, d, t: ["--weights", cut(w, t / "cut.pth"), "--data", d], "cut.pth: damaged, truncated or no checkpoint"),
+        (lambda w, d, t: ["--weights", next(d.rglob("*.png")), "--data", d], "damaged, truncated or no checkpoint"),
         (lambda w, d, t: ["--weights", w, "--data", t / "nowhere"], "nowhere: no such folder"),
         (lambda w, d, t: ["--weights", w, "--data", t], "no images"),
         (lambda w, d, t: ["--data", d], "--weights FILE is missing"),

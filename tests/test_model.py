@@ -171,12 +171,22 @@ def test_checkpoint_that_does_not_fit_is_refused(tmp_path):
         load_weights(tmp_path / "b.pth")
 
 
+def test_a_checkpoint_with_one_wrong_bit_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "a.pth")
+    content = bytearray((tmp_path / "a.pth").read_bytes())
+    numbers = load_weights(tmp_path / "a.pth").state_dict()["classifier.conv.weight"].numpy().tobytes()
+    content[content.index(numbers) + 5] ^= 16
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match="a.pth: damaged, .*wrong checksum"):
+        load_weights(tmp_path / "a.pth")
+
+
 def test_truncated_checkpoint_is_refused(tmp_path):
     save_checkpoint(tmp_path / "a.pth")
     content = (tmp_path / "a.pth").read_bytes()
     for length in (0, 1, 10, 100, 1000, 5000, 20000, 65536, len(content) // 2, len(content) - 1000, len(content) - 1):
         (tmp_path / "cut.pth").write_bytes(content[:length])
-        with pytest.raises(CheckpointError, match="cut.pth: truncated or no checkpoint"):
+        with pytest.raises(CheckpointError, match="cut.pth: damaged, truncated or no checkpoint"):
             load_weights(tmp_path / "cut.pth")
 
 

@@ -163,8 +163,19 @@ def test_class_weights_by_hand(folder_dataset):
     share /= share.sum()
     expected = torch.where(share > 0, share**-0.5, 0)
     expected /= (expected * share).sum()
-    torch.testing.assert_close(train.class_weights(dataset, 0.5).double(), expected, rtol=1e-5, atol=0)
-    assert (train.class_weights(dataset, 0)[share > 0] == 1).all()
+    shares = train.class_shares(dataset)
+    torch.testing.assert_close(shares, share, rtol=1e-9, atol=0)
+    torch.testing.assert_close(train.class_weights(shares, 0.5).double(), expected, rtol=1e-5, atol=0)
+    assert (train.class_weights(shares, 0)[share > 0] == 1).all()
+
+
+def test_the_weights_of_classes_move_evenly_to_their_last_power():
+    def powers(*flags):
+        args = train.parse_args(["--epochs", "5", *flags])
+        return [train.class_power(epoch, args) for epoch in range(1, 6)]
+
+    assert powers("--class-balance", "0.5", "--class-balance-end", "0") == pytest.approx([0.5, 0.375, 0.25, 0.125, 0])
+    assert powers("--class-balance", "0.5") == [0.5] * 5 and powers() == [0] * 5
 
 
 def test_moving_average_by_hand():
@@ -251,7 +262,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(drawn, tmp_path, capsys, w
 
 
 EVERYTHING = {
-    "ema": 0.9, "ohem": 0.7, "class_balance": 0.5, "label_smoothing": 0.1, "optimizer": "adamw", "base_lr": 0.003,
+    "ema": 0.9, "ohem": 0.7, "class_balance": 0.5, "class_balance_end": 0.1, "label_smoothing": 0.1, "optimizer": "adamw", "base_lr": 0.003,
     "schedule": "cosine", "contrast": 0.3, "saturation": 0.3, "hue": 10, "max_class_share": 0.5, "half_resolution": 0.5,
 }  # fmt: skip
 
@@ -600,9 +611,28 @@ def test_resume_refuses_what_does_not_continue_this_run(drawn, folder_dataset, t
     shutil.copytree(drawn, other)
     refused("was trained on", root=other, resume="auto")
     checkpoint.write_bytes(before[checkpoint][:-100])
-    refused("1.pth: truncated or no checkpoint", resume="auto")
+    refused("none of 1 checkpoints can be resumed; passed over ", resume="auto")
+    refused("1.pth: damaged, truncated or no checkpoint", resume=checkpoint)
     before.pop(checkpoint)
     assert all(p.read_bytes() == content for p, content in before.items())
+
+
+def test_resuming_passes_over_damaged_checkpoints_and_says_so(drawn, tmp_path, capsys):
+    assert run(drawn, tmp_path / "r", epochs=3) == 0
+    folder = tmp_path / "r/checkpoints"
+    whole = read_checkpoint(folder / "3.pth")["model"]
+    content = bytearray((folder / "3.pth").read_bytes())
+    content[len(content) // 2] ^= 1  # one bit, within the numbers
+    (folder / "3.pth").write_bytes(content)
+    (folder / "2.pth").write_bytes((folder / "2.pth").read_bytes()[:1000])
+    (folder / ".2.pth.tmp").write_bytes(b"of a process that was killed")
+    capsys.readouterr()
+    assert run(drawn, tmp_path / "r", epochs=3, resume="auto") == 0
+    out = capsys.readouterr().out
+    assert "3.pth: damaged, truncated or no checkpoint (BadZipFile('wrong checksum of" in out
+    assert "passed over " in out and "2.pth: damaged" in out and "1.pth after epoch 1" in out
+    assert all(torch.equal(value, whole[name]) for name, value in read_checkpoint(folder / "3.pth")["model"].items())
+    assert not list(folder.glob(".*"))
 
 
 def test_nothing_to_resume_is_said(drawn, tmp_path, capsys):
@@ -626,3 +656,19 @@ def test_frozen_batch_norm_keeps_its_statistics(drawn, tmp_path):
     assert sum(isinstance(m, nn.BatchNorm2d) for m in FastSCNN(aux=True).modules()) == sum(
         n.endswith("running_mean") for n in state
     )
+
+
+def test_the_table_of_recipes_is_made_once(drawn, tmp_path):
+    table = ["--dataset", "cityscapes", "--data", str(drawn), "--out", str(tmp_path), "--epochs", "1", "--jobs", "2"]
+    table += ["--add", "--crop-size 64 96", "--seeds", "0", "--only", "base", "ema 0.99"]
+    first, again = (run_script("tests/benchmarks/recipes.py", *table) for _ in range(2))
+    assert first.returncode == again.returncode == 0, first.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.stdout.splitlines() if line.startswith("|")]
+    assert [row[:3] for row in rows[2:]] == [["base", "``", "1"], ["ema 0.99", "`--ema 0.99`", "1"]]
+    for line in (tmp_path / "results.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        [folder] = tmp_path.glob(f"{record['name'].replace(' ', '-')}-*")
+        # Without a picked epoch: the figure is that of the last validation.
+        assert record["miou"] == pytest.approx(records(folder, "val")[-1]["miou"], abs=1e-3)
+        assert f"{record['miou']:.4f} to {record['miou']:.4f}" in first.stdout
+    assert again.stdout.strip() in first.stdout and "seed 0" not in again.stdout
