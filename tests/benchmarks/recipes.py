@@ -1,7 +1,8 @@
 """What each part of the recipe is worth: named sets of train.py's flags, several seeds each, as a table of val mIoU.
 
     python tests/benchmarks/recipes.py --dataset camvid --data ../shared/camvid --epochs 24 --seeds 0 1 2 --jobs 2
-    python tests/benchmarks/recipes.py ... --only base ema ohem        # some of them
+    python tests/benchmarks/recipes.py ... --only base cosine AdamW    # some of them
+    python tests/benchmarks/recipes.py ... --only paper best           # train.py's recipes
     python tests/benchmarks/recipes.py ... --add "--ema 0.99"          # another base for all of them
     python tests/benchmarks/recipes.py ... --add "--half-resolution 1" --scale 0.5     # four times as fast, for machines without a GPU
 
@@ -29,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # The base is train.py's defaults with CamVid's size, a smaller batch at a rate that goes with it, and less of a resize; every other
 # name changes one thing.
-BASE = "--crop-size 360 480 --scale-range 0.75 1.75 --batch-size 4 --base-lr 0.135 --workers 0 --cache ram"
+MACHINE = "--workers 0 --cache ram"
+BASE = f"{MACHINE} --crop-size 360 480 --scale-range 0.75 1.75 --batch-size 4 --base-lr 0.135"
 ELEMENTS = {
     "base": "",
     "AdamW": "--optimizer adamw --base-lr 0.009 --weight-decay 0.02",
@@ -52,6 +54,9 @@ ELEMENTS = {
     "bootstrapped 0.3": "--ohem 0.3",
     "twice the rate": "--base-lr 0.27",
     "half resolution first": "--half-resolution 0.5",
+    "class balance 0.5 to 0": "--class-balance 0.5 --class-balance-end 0",
+    "paper": "--recipe paper",  # these two without the base
+    "best": "--recipe best",
 }
 
 
@@ -117,7 +122,8 @@ def main() -> None:
     records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
     def case(name: str, seed: int) -> Case:
-        flags = shlex.join(shlex.split(f"{BASE} {args.add} {ELEMENTS[name]}"))
+        base = MACHINE if ELEMENTS[name].startswith("--recipe") else BASE
+        flags = shlex.join(shlex.split(f"{base} {args.add} {ELEMENTS[name]}"))
         return Case(name, args.dataset, args.data, args.epochs, args.scale, seed, flags)
 
     def found(name: str) -> list[float]:
