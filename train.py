@@ -73,7 +73,7 @@ _PAPER = {
     "momentum": 0.9, "weight_decay": 4e-5, "aux_weight": AUX_WEIGHT, "dropout": 0.1,
 }  # fmt: skip
 _SMALL = {
-    "batch_size": 4, "base_lr": 0.27, "epochs": 1000, "scale_range": [0.75, 1.75], "class_balance": 0.5, "class_balance_end": 0.0, "ema": 0.99,
+    "batch_size": 4, "base_lr": 0.27, "epochs": 1000, "scale_range": [0.75, 1.75], "class_balance": 0.5, "class_balance_end": 0.125, "ema": 0.99,
     "dropout": 0.0, "half_resolution": 0.8,
 }  # fmt: skip
 _LARGE = {
