@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import eval as evaluation
-from conftest import last_json, run_script
+from conftest import ROOT, last_json, run_script
 from data import CAMVID, CITYSCAPES, Classes
 from eval import ContactSheet, colour_map, exit_status, metrics
 from model import FastSCNN
@@ -272,3 +272,13 @@ def test_the_difference_to_float32_is_printed_on_request(capsys, drawn, weights)
     result = last_json(out)
     assert abs(result["miou"] - result["miou_fp32"]) < 0.02 and "points of mIoU to fp32" in out
     assert 0.95 < result["agreement"]["min"] <= result["agreement"]["mean"] <= 1
+
+
+def test_the_weights_in_the_repository_give_the_readmes_figure(camvid, capsys):
+    weights = ROOT / "weights/camvid.pth"
+    assert weights.stat().st_size < 6e6
+    argv = ["--weights", str(weights), "--dataset", "camvid", "--data", str(camvid), "--device", "cpu", "--workers", "0"]
+    evaluation.main(argv)
+    result = last_json(capsys.readouterr().out)
+    assert result["images"] == 101 and result["miou"] == pytest.approx(0.5846, abs=5e-4)
+    assert "epoch 48/48  mIoU 0.5846  pixel accuracy 0.9036" in (ROOT / "README.md").read_text()
