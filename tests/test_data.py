@@ -439,7 +439,7 @@ def test_cache_is_memory_of_no_name_that_goes_with_its_owner(tmp_path):
 
 @pytest.mark.parametrize("build", [RamCache, lambda dataset: DeviceCache(dataset, torch.device("cpu"))])
 def test_corrupt_image_ends_caching_and_is_named(tmp_path, build):
-    dataset = mixed_dataset(tmp_path)
+    dataset = mixed_dataset(tmp_path, Augmentation((80, 96)))
     path = dataset.samples[3].image
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(DataError, match=r"images/train/3.png: cannot be decoded"):
