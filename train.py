@@ -74,7 +74,7 @@ _PAPER = {
 }  # fmt: skip
 _SMALL = {
     "batch_size": 4, "base_lr": 0.27, "epochs": 1000, "scale_range": [0.75, 1.75], "class_balance": 0.5, "class_balance_end": 0.125, "ema": 0.99,
-    "dropout": 0.0, "half_resolution": 0.8,
+    "dropout": 0.0, "half_resolution": 0.6,
 }  # fmt: skip
 _LARGE = {
     "batch_size": 32, "base_lr": 0.045, "epochs": 1000, "scale_range": [0.5, 2.0], "max_class_share": 0.75, "ema": 0.999,
