@@ -73,8 +73,8 @@ _PAPER = {
     "momentum": 0.9, "weight_decay": 4e-5, "aux_weight": AUX_WEIGHT, "dropout": 0.1,
 }  # fmt: skip
 _SMALL = {
-    "batch_size": 4, "base_lr": 0.27, "epochs": 1000, "scale_range": [0.75, 1.75], "class_balance": 0.5, "class_balance_end": 0.125, "ema": 0.99,
-    "dropout": 0.0, "half_resolution": 0.6,
+    "batch_size": 4, "base_lr": 0.27, "epochs": 1000, "scale_range": [0.75, 1.75], "class_balance": 0.5,
+    "class_balance_end": 0.125, "ema": 0.99, "dropout": 0.0, "half_resolution": 0.6,
 }  # fmt: skip
 _LARGE = {
     "batch_size": 32, "base_lr": 0.045, "epochs": 1000, "scale_range": [0.5, 2.0], "max_class_share": 0.75, "ema": 0.999,
@@ -106,7 +106,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--brightness", type=float, default=0.3, metavar="B", help="factor 1 - B to 1 + B on the image (default: %(default)s)")
     add("--channel-noise", type=float, default=0.1, metavar="B", help="the same on each colour channel (default: %(default)s)")
     add("--contrast", type=float, default=0.0, metavar="B", help="the same on the distance to medium grey (default: %(default)s)")
-    add("--saturation", type=float, default=0.0, metavar="B", help="the same on the distance to the grey of equal luma (default: %(default)s)")
+    add("--saturation", type=float, default=0.0, metavar="B",
+        help="the same on the distance to the grey of equal luma (default: %(default)s)")
     add("--hue", type=float, default=0.0, metavar="DEGREES", help="turn of the colours, at most (default: %(default)s)")
     add("--max-class-share", type=float, default=1.0, metavar="SHARE",
         help="draw a crop anew, up to 10 times, whose most frequent class fills more than this of it (default: %(default)s, never)")
@@ -1081,9 +1082,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model = FastSCNN(len(train_set.classes.names), variant=args.variant, aux=args.aux, dropout=args.dropout)
     teacher = load_teacher(args.teacher, train_set.classes) if args.teacher else None
-    begun = []
+    begun: list[str] = []  # what to log of how it began
     resumed = find_resume(args, begun)
-    begun += [init_weights(model, args.init_weights)] if args.init_weights and not resumed else []
+    if args.init_weights and not resumed:
+        begun.append(init_weights(model, args.init_weights))
     if resumed:
         check_resume(*resumed, model, train_set.classes, args)
 
