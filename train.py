@@ -486,7 +486,9 @@ class Log:
 class Progress:
     """How far the run is, its speed and the time left, measured since this process began to train."""
 
-    def __init__(self, first_step: int, total_steps: int, batch_size: int):
+    def __init__(self, first_step: int, total_steps: int, batch_size: int, half_steps: int = 0):
+        """`half_steps`: so many steps, the first ones of the run, are at half the resolution and a quarter of the work."""
+        self.half_steps = half_steps
         self.first_step, self.total_steps, self.batch_size = first_step, total_steps, batch_size
         self.start = self.last_time = time.perf_counter()
         self.last_step = first_step
@@ -495,7 +497,8 @@ class Progress:
         """(images per second since the last report, seconds left for the whole run, validation counted in)."""
         now = time.perf_counter()
         rate = (step - self.last_step) * self.batch_size / max(now - self.last_time, 1e-9)
-        left_s = (now - self.start) / (step - self.first_step) * (self.total_steps - step)
+        first, done, total = (s - 0.75 * min(s, self.half_steps) for s in (self.first_step, step, self.total_steps))
+        left_s = (now - self.start) / (done - first) * (total - done)
         self.last_step, self.last_time = step, now
         return rate, left_s
 
@@ -1156,7 +1159,8 @@ def main(argv: list[str] | None = None) -> None:
 
         if resumed and not checkpoint["validated"]:
             best_miou = finish_epoch(run, val_set, checkpoint["epoch"], checkpoint["args"]["epochs"], best_miou)
-        progress = Progress((first_epoch - 1) * len(batches), args.epochs * len(batches), args.batch_size)
+        steps = len(batches)
+        progress = Progress((first_epoch - 1) * steps, args.epochs * steps, args.batch_size, half_epochs * steps)
         for epoch in range(first_epoch, args.epochs + 1):
             # Depends on the epoch, not on what came before, so that a resumed run draws the same numbers.
             torch.manual_seed(int(np.random.SeedSequence((args.seed, epoch, rank)).generate_state(1)[0]))

@@ -79,6 +79,14 @@ def test_cosine_schedule_by_hand():
     assert rates == pytest.approx([0.1, 0.1 * (0.5 + 0.25 * 2**0.5), 0.05, 0])
 
 
+def test_time_left_counts_steps_at_half_the_resolution_as_a_quarter(monkeypatch):
+    clock = iter([0.0, 10.0, 40.0])
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    progress = train.Progress(0, 100, 4, half_steps=80)  # 20 steps' worth, and 20 more
+    assert progress.report(40) == pytest.approx((16.0, 30.0))  # 10 of 40 done in 10 s
+    assert progress.report(100) == pytest.approx((8.0, 0.0))
+
+
 def test_weight_decay_spares_depthwise_kernels_norms_and_biases():
     model = FastSCNN(19, aux=True)
     decayed, others = parameter_groups(model, 4e-5)
