@@ -4,6 +4,7 @@
 and its accesses to memory. "cuda" is the CUDA library on a GPU, and skipped without one.
 """
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -298,6 +299,7 @@ def test_the_cuda_kernel_makes_the_loss_nan_for_such_a_label_and_prints_it(emula
     target[0, 7, 7] = 77
     loss, _, grad = emulated_ops.upsample_cross_entropy(torch.zeros(1, 3, 2, 2), target, None, 255, 0.0, False, False, True)
     assert loss.isnan() and grad.isnan().any()
+    ctypes.CDLL(None).fflush(None)  # what printf keeps until its buffer is full, unless PYTHONUNBUFFERED is set
     assert "target holds 77, expected labels from 0 to 2 or 255" in capfd.readouterr().out
 
 
