@@ -792,11 +792,11 @@ class TrainBatches(torch.utils.data.Sampler):
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.share = rank, batch_size // world_size
         self.own = np.arange(rank, num_samples, world_size) if sharded else None
-        self.epoch = 0
+        self.epoch, self.first = 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the next iteration."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Chooses the order of the next iteration, and the batch of it to begin with."""
+        self.epoch, self.first = epoch, first
 
     def __len__(self) -> int:
         return max(1, self.num_samples // self.batch_size)
@@ -806,7 +806,7 @@ class TrainBatches(torch.utils.data.Sampler):
             order = self._shuffled(np.arange(self.num_samples), self.batch_size, (self.seed, self.epoch))
         else:
             order = self._shuffled(self.own, self.share, (self.seed, self.epoch, self.rank))
-        for batch in range(len(self)):
+        for batch in range(self.first, len(self)):
             start = batch * self.batch_size + self.rank * self.share
             first = start if self.own is None else batch * self.share  # of this batch in `order`
             yield [(self.epoch, start + i, int(order[first + i])) for i in range(self.share)]

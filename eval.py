@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar
 
@@ -70,18 +71,21 @@ class OneLineParser(argparse.ArgumentParser):
         raise UsageError(f"{message}; --help lists all flags")
 
 
-def exit_status(program: str, main: Callable[[], None]) -> int:
-    """Runs `main`, then leaves the process group that it joined, if any.
+def exit_status(program: str, main: Callable[[], int | None]) -> int:
+    """Runs `main`, then leaves the process group that it joined, if any; its status is what `main` returned, or else 0.
 
     What the user can mend becomes one line on stderr and status 2; faults keep their traceback.
     """
     rank = os.environ.get("RANK", "0")
+    for stream in (sys.stdout, sys.stderr):  # file names may be no text in the terminal's encoding
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        status = main() or 0
         if dist.is_initialized():  # not after an error: other processes may be waiting within a collective, and this one too
             dist.destroy_process_group()
-        return 0
-    except (UsageError, DataError, CheckpointError, OSError) as error:
+        return status
+    except (UsageError, DataError, CheckpointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         if rank != "0" and not dist.is_initialized():
             # What is wrong before the processes meet is wrong for all of them: process 0 says it, and torchrun then ends
             # the others. One that outlives this pause has an error of its own.
@@ -89,6 +93,10 @@ def exit_status(program: str, main: Callable[[], None]) -> int:
         # An error that crossed from a loader's worker carries that process' traceback, its own text in the last line.
         text = str(error).strip() or repr(error)
         line = text.splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            line = f"{error.filename}: {error.strerror.lower()}; give another path, or make room or permission there"
+        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            line = f"out of memory ({text.splitlines()[0][:120]}); take smaller batches, crops or images"
         print(f"{program}{'' if rank == '0' else f' [process {rank}]'}: {line}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
@@ -99,11 +107,12 @@ def exit_status(program: str, main: Callable[[], None]) -> int:
 # --------------------------------------------------------------------------------------------------- devices and processes
 
 
-def start_processes(device_name: str | None) -> tuple[torch.device, int, int]:
+def start_processes(device_name: str | None, timeout_minutes: float = 30) -> tuple[torch.device, int, int]:
     """(device, rank, world size) of this process; under torchrun it joins the others.
 
     Args:
         device_name: "cpu", "cuda", "cuda:1", ...; None takes the machine's accelerator, or else the CPU.
+        timeout_minutes: how long to wait for another process in a collective.
 
     Raises:
         UsageError: there is no such device, or too few for the processes.
@@ -128,8 +137,18 @@ def start_processes(device_name: str | None) -> tuple[torch.device, int, int]:
         torch.accelerator.set_device_index(index)
     if "RANK" not in os.environ:
         return device, 0, 1
-    dist.init_process_group(dist.get_default_backend_for_device(device), device_id=device if device.type != "cpu" else None)
+    dist.init_process_group(
+        dist.get_default_backend_for_device(device),
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=device if device.type != "cpu" else None,
+    )
     return device, dist.get_rank(), dist.get_world_size()
+
+
+def leave_process_group(_: int) -> None:
+    """For a loader's worker: what ends the training process by signal, a Ctrl-C or torchrun, leaves it to that process to end this one."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
@@ -264,7 +283,14 @@ def evaluate(
     indices = range(rank, len(dataset), world_size)
     # No padding to an even share: unlike torch's DistributedSampler no image is counted twice.
     source = dataset if instances is None else WithInstances(dataset)
-    loader = torch.utils.data.DataLoader(source, batch_size=1, sampler=indices, num_workers=min(workers, len(indices)))
+    loader = torch.utils.data.DataLoader(
+        source,
+        batch_size=1,
+        sampler=indices,
+        num_workers=min(workers, len(indices)),
+        worker_init_fn=leave_process_group,
+        generator=torch.Generator(),  # else it draws from the training's random numbers
+    )
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     loader = tqdm(loader, "evaluation", unit="image", leave=False, disable=None if progress and rank == 0 else True)
     for index, (image, label, *maps) in zip(indices, loader):

@@ -8,8 +8,8 @@ The defaults are the Cityscapes recipe, and mean the same on 1, 2, 4 and 8 proce
 processes together, and the learning rate follows it. Writes below --out: checkpoints/{epoch}.pth, which hold all that
 resuming needs, checkpoints/best_model.pth, logs/train.log for people and logs/metrics.jsonl for programs.
 
-The random numbers of an epoch depend on the seed, the epoch and the process alone, so a run that is interrupted after an
-epoch and resumed goes on as if nothing had happened.
+The random numbers of a step depend on the seed, the step and the process alone, so a run that is interrupted anywhere and resumed
+goes on as if nothing had happened. SIGTERM and Ctrl-C end the step, save, and leave with status 75; a second one leaves at once.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -57,13 +59,23 @@ from data import (
     read_label,
     size_text,
 )
-from eval import AMP_DTYPES, OneLineParser, UsageError, evaluate, exit_status, metrics, start_processes
+from eval import (
+    AMP_DTYPES,
+    OneLineParser,
+    UsageError,
+    evaluate,
+    exit_status,
+    leave_process_group,
+    metrics,
+    start_processes,
+)
 from model import VARIANTS, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint
 from ops_ext import accelerate, implementations, upsample_cross_entropy
 
 PAPER_BATCH = 12  # images, for which --base-lr is given
 POLY_POWER = 0.9
 AUX_WEIGHT = 0.4  # of each auxiliary loss, section 4.1
+STOPPED = 75  # exit status after a signal, when all is saved: EX_TEMPFAIL, try again
 
 # What --recipe sets, by data set; flags given beside it win. "paper" is section 4.1. "best" is for CamVid, and small data of one's
 # own, what tests/benchmarks/recipes.py measured on CamVid's validation split. Cityscapes could not be measured here: there it is what
@@ -169,6 +181,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="mixed precision; auto takes bf16 where the hardware has it, else fp16 on accelerators")
     add("--loss-scale", default="dynamic", metavar="{dynamic,128,...}",
         help="for fp16: adapted to the gradients, or a fixed number (default: %(default)s)")
+    add("--peer-timeout", type=float, default=15, metavar="MINUTES",
+        help="how long to wait for another process that does not answer; longer than rank 0 takes to decode a cache (default: %(default)s)")
     add("--benchmark", type=int, metavar="N",
         help="train nothing: time N steps of the loader alone, of the training alone and of both, and write nothing")
 
@@ -177,6 +191,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="folder of checkpoints and logs; an earlier run in it is moved to DIR/earlier unless resumed (default: %(default)s)")
     add("--resume", metavar="{auto,PATH}", help="go on from this checkpoint, or from the newest of --out")
     add("--keep", type=int, default=3, metavar="N", help="numbered checkpoints kept (default: %(default)s)")
+    add("--save-every", type=int, default=1, metavar="N",
+        help="epochs between checkpoints; epochs that are validated are saved in any case (default: %(default)s)")
+    add("--save-minutes", type=float, default=10, metavar="MINUTES",
+        help="also save within an epoch, so often; 0 for never (default: %(default)s)")
+    add("--max-skipped", type=int, default=25, metavar="N",
+        help="steps without a finite loss and gradient are skipped; so many in a row end the run (default: %(default)s)")
     add("--val-every", type=int, default=10, metavar="N", help="epochs between validations (default: %(default)s)")
     add("--log-every", type=int, default=20, metavar="N", help="steps between log lines (default: %(default)s)")
     # fmt: on
@@ -203,10 +223,14 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
     if args.batch_size < 1 or args.batch_size % world_size:
         fitting = max(1, args.batch_size // world_size) * world_size
         raise UsageError(f"--batch-size {args.batch_size} does not divide over {world_size} processes; give e.g. {fitting}")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, expected a finite number")
     at_least_0 = (
-        "workers warmup_steps momentum weight_decay dropout base_lr seed aux_weight class_balance teacher_weight hue ohem ema"
+        "workers warmup_steps momentum weight_decay dropout base_lr seed aux_weight class_balance teacher_weight hue ohem ema "
+        "save_minutes"
     )
-    for least, names in ((1, "epochs val_every log_every keep"), (0, at_least_0)):
+    for least, names in ((1, "epochs val_every log_every keep save_every max_skipped"), (0, at_least_0)):
         for name in names.split():
             if getattr(args, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
@@ -225,7 +249,9 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
     least = 64 if args.half_resolution else 32
     if min(args.crop_size) < least:
         raise UsageError(f"--crop-size is {args.crop_size[0]} {args.crop_size[1]}, expected at least {least} pixels each")
-    if not 0 < args.scale_range[0] <= args.scale_range[1]:
+    if not 0.1 <= args.peer_timeout <= 1e4:
+        raise UsageError(f"--peer-timeout is {args.peer_timeout}, expected 0.1 to 10000 minutes")
+    if not 0 < args.scale_range[0] <= args.scale_range[1] < math.inf:
         raise UsageError(f"--scale-range is {args.scale_range[0]} {args.scale_range[1]}, expected 0 < MIN <= MAX")
     if args.loss_scale != "dynamic":
         try:
@@ -269,9 +295,14 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Op
     else:
         make = functools.partial(torch.optim.AdamW, groups, lr=args.lr, betas=(args.momentum, 0.999))
     try:
-        return make(fused=True)
+        optimizer = make(fused=True)
     except RuntimeError:
-        return make()
+        optimizer = make()
+    if args.optimizer == "sgd" and args.momentum:
+        # Else a first step that is skipped leaves them as memory that nobody wrote.
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 @dataclass
@@ -507,6 +538,153 @@ class Progress:
         self.last_time = time.perf_counter()
 
 
+class Tally:
+    """Loss and skipped steps, counted on the device, so that no step waits for the host.
+
+    Attributes:
+        loss_sum: of this process, over the steps since the last log line that were not skipped.
+        steps: since the last log line.
+        skipped: (4,) int64: steps skipped since the last log line, in a row until now, in the longest row, in all.
+    """
+
+    def __init__(self, device: torch.device):
+        self.loss_sum = torch.zeros((), device=device)
+        self.skipped = torch.zeros(4, dtype=torch.int64, device=device)
+        self.steps = 0
+
+    def add(self, loss: Tensor, bad: Tensor) -> None:
+        """A step's loss, and () bool: whether it was skipped."""
+        self.loss_sum += loss.where(~bad, 0.0)
+        lately, row, longest, total = self.skipped.unbind()
+        row = (row + 1) * bad
+        self.skipped = torch.stack([lately + bad, row, torch.maximum(longest, row), total + bad])
+        self.steps += 1
+
+    def report(self, world_size: int) -> tuple[float | None, list[int]]:
+        """(mean loss over all processes, None where all steps were skipped; `skipped`), and begins anew."""
+        if world_size > 1:
+            dist.all_reduce(self.loss_sum)
+        skipped = self.skipped.tolist()
+        counted = self.steps - skipped[0]
+        mean = self.loss_sum.item() / counted if counted else None
+        self.loss_sum.zero_()
+        self.skipped[0] = self.steps = 0
+        return mean, skipped
+
+    def state(self, world_size: int) -> dict:
+        """Plain numbers of all processes, for a checkpoint; all of them call this."""
+        sums = [self.loss_sum.cpu()]
+        if world_size > 1:
+            gathered = [torch.zeros_like(self.loss_sum) for _ in range(world_size)]
+            dist.all_gather(gathered, self.loss_sum)
+            sums = [each.cpu() for each in gathered]
+        return {"loss_sums": torch.stack(sums), "steps": self.steps, "skipped": self.skipped.cpu()}
+
+    def load(self, state: dict, rank: int, world_size: int) -> None:
+        """What `state` gave; with another number of processes rank 0 takes on the sums of all."""
+        sums = state["loss_sums"]
+        self.loss_sum.copy_(sums[rank] if len(sums) == world_size else sums.sum() if rank == 0 else 0.0)
+        self.skipped.copy_(state["skipped"])
+        self.steps = state["steps"]
+
+
+class Statistics:
+    """The running means and variances of a network's batch normalisation, in one tensor, which a skipped step puts back.
+
+    The forward pass has changed them by the time that a step is found to be of no use, and a NaN in them would stay.
+    """
+
+    def __init__(self, model: nn.Module):
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        places = [(norm, name) for norm in norms for name in ("running_mean", "running_var")]
+        parts = [getattr(norm, name) for norm, name in places]
+        self.values = torch.cat(parts)
+        for (norm, name), view in zip(places, self.values.split([len(part) for part in parts])):
+            setattr(norm, name, view)
+
+    def put_back(self, before: Tensor, bad: Tensor) -> None:
+        """`before`: a clone of `values` from before the step; bad: () bool, on the device."""
+        torch.where(bad, before, self.values, out=self.values)
+
+
+class Signals:
+    """What all processes do after a step: go on, save, or save and stop.
+
+    SIGTERM and SIGINT ask to stop. A second one ends the process at once, unless it comes within a second: torchrun hands on the
+    Ctrl-C that the terminal has sent already. Several processes agree through a small reduction on the host, which is
+    under way during the next step: they do what was asked for one step later, all of them after the same step.
+    """
+
+    GO_ON, SAVE, STOP = range(3)
+
+    def __init__(self, rank: int, group: dist.ProcessGroup | None, save_minutes: float):
+        self.rank, self.group, self.save_s = rank, group, 60 * save_minutes
+        self.received: int | None = None
+        self.received_at = self.saved_at = time.monotonic()
+        self.raises = False
+        self.pending: tuple[dist.Work, Tensor] | None = None
+        self.earlier: dict[int, object] = {}
+
+    def __enter__(self) -> Signals:
+        self.earlier = {each: signal.signal(each, self._receive) for each in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _) -> None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self.received_at = number, now
+            if self.raises:
+                raise Stopped(number)
+        elif now - self.received_at > 1:
+            os._exit(128 + number)
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Within this a signal need not wait for the end of a step: all is saved. It raises Stopped."""
+        self.raises = True
+        try:
+            if self.received is not None:
+                raise Stopped(self.received)
+            yield
+        finally:
+            self.raises = False
+
+    def saved(self) -> None:
+        """Counts the minutes to the next checkpoint from now on."""
+        self.saved_at = time.monotonic()
+
+    def after_step(self) -> int:
+        """GO_ON, SAVE or STOP, the same in every process."""
+        verdict = self.GO_ON if self.group else self._wish()
+        if self.group:
+            if self.pending:
+                work, wish = self.pending
+                work.wait()
+                verdict = int(wish)
+            if verdict == self.SAVE:
+                self.saved()
+            wish = torch.tensor(self._wish(), dtype=torch.int32)
+            self.pending = (dist.all_reduce(wish, dist.ReduceOp.MAX, self.group, async_op=True), wish)
+        return verdict
+
+    def _wish(self) -> int:
+        if self.received is not None:
+            return self.STOP
+        due = self.save_s and self.rank == 0 and time.monotonic() - self.saved_at > self.save_s
+        return self.SAVE if due else self.GO_ON
+
+
+class Stopped(Exception):
+    """A signal ended the training, after all was saved."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+
+
 @dataclass
 class Run:
     """What the loop works on: the network bare and as DDP wraps it, the optimiser, and where this process stands."""
@@ -521,9 +699,14 @@ class Run:
     world_size: int
     syncs_bn: bool
     log: Log
+    tally: Tally
+    statistics: Statistics
+    signals: Signals
+    writer: Writer
     objective: Objective = field(default_factory=Objective)
     average: MovingAverage | None = None
     teacher: FastSCNN | None = None
+    best_miou: float = -1.0
 
     @property
     def evaluated(self) -> FastSCNN:
@@ -539,6 +722,8 @@ class Run:
 def train_step(run: Run, images: Tensor, target: Tensor, mark: Callable[[str], None] = lambda phase: None) -> Tensor:
     """One step of the optimiser; nothing in it makes the host wait for the device.
 
+    Where the loss or a gradient is no finite number, weights and statistics stay as they were, and the step counts as skipped.
+
     Args:
         run: what is trained.
         images: (N, H, W, 3) uint8 RGB, this process' share of the batch.
@@ -552,6 +737,7 @@ def train_step(run: Run, images: Tensor, target: Tensor, mark: Callable[[str], N
     images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
     mark("copy to the device")
     pixels = normalise(images)
+    before = run.statistics.values.clone()
     with torch.autocast(device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
         if run.teacher:
             with torch.no_grad():
@@ -561,14 +747,25 @@ def train_step(run: Run, images: Tensor, target: Tensor, mark: Callable[[str], N
     loss = run.objective(outputs, target, taught if run.teacher else None, run.world_size)
     mark("loss")
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss * run.world_size).backward()  # DDP averages the gradients
+    # DDP averages the gradients. The last factor is 1, or NaN for a loss that is no finite number: then all gradients are.
+    run.scaler.scale(loss * run.world_size * (1 + 0 * loss.detach())).backward()
     mark("backward")
     run.scaler.step(run.optimizer)
-    run.scaler.update(None if run.args.loss_scale == "dynamic" else float(run.args.loss_scale))
+    bad = sum(run.scaler._found_inf_per_device(run.optimizer).values()) > 0  # the same in all processes, as the gradients are
+    run.scaler.update(fixed_scale(run.args))
+    run.statistics.put_back(before, bad)
+    run.tally.add(loss.detach(), bad)
     if run.average:
         run.average.update()
     mark("optimiser")
     return loss.detach()
+
+
+def fixed_scale(args: argparse.Namespace) -> float | None:
+    """The factor of the loss; None where it follows the gradients. bfloat16 and float32 need none: there the scaler only skips."""
+    if args.amp != "fp16":
+        return 1.0
+    return None if args.loss_scale == "dynamic" else float(args.loss_scale)
 
 
 def set_training_mode(run: Run) -> None:
@@ -580,46 +777,53 @@ def set_training_mode(run: Run) -> None:
                 module.eval()
 
 
-def train_one_epoch(run: Run, loader: Iterable[tuple[Tensor, Tensor]], epoch: int, progress: Progress) -> None:
-    """One pass over the loader; epochs count from 1.
+def seed_step(args: argparse.Namespace, step: int, rank: int) -> None:
+    """Seeds what dropout draws from: the numbers depend on the step, not on what came before, so that a resumed run draws the same."""
+    torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1)[0]))
+
+
+def train_one_epoch(
+    run: Run, loader: Iterable[tuple[Tensor, Tensor]], epoch: int, progress: Progress, classes: Classes, done: int = 0
+) -> None:
+    """One pass over the loader, of whose steps `done` have been done; epochs count from 1.
 
     Raises:
-        UsageError: the loss is no finite number; found at the next log line, and before any checkpoint.
+        UsageError: too many steps in a row had no finite loss and gradient; found at the next log line.
+        Stopped: a signal ended it; where the epoch was, is saved.
     """
     args = run.args
     set_training_mode(run)
     run.objective.balance(class_power(epoch, args), run.device)
     total_steps = args.epochs * len(loader)
-    step, last_step = (epoch - 1) * len(loader), epoch * len(loader)
-    loss_total, steps_in_total = torch.zeros((), device=run.device), 0  # on the device: no step waits for the host
+    step, last_step = (epoch - 1) * len(loader) + done, epoch * len(loader)
     for images, target in loader:
         lr = learning_rate(step, total_steps, args.lr, args.warmup_steps, args.schedule)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        loss_total += train_step(run, images, target)
-        step, steps_in_total = step + 1, steps_in_total + 1
+        seed_step(args, step, run.rank)
+        train_step(run, images, target)
+        step += 1
 
         if step % args.log_every == 0 or step == last_step:
-            if run.world_size > 1:
-                dist.all_reduce(loss_total)
-            mean_loss = loss_total.item() / steps_in_total
-            if not np.isfinite(mean_loss):
+            mean_loss, (skipped, _, longest, _) = run.tally.report(run.world_size)
+            if longest >= args.max_skipped:
                 raise UsageError(
-                    f"loss is {mean_loss} within the {steps_in_total} steps before step {step}, in epoch {epoch}; lower "
-                    "--base-lr, or try --amp off; an earlier checkpoint in --out can be resumed"
+                    f"loss or gradients were no finite numbers in {longest} steps in a row, until step {step} in epoch {epoch}, and "
+                    "these were skipped; lower --base-lr, or try --amp off; --resume auto goes on from the newest checkpoint"
                 )
             rate, left_s = progress.report(step)
             run.log.line(
-                f"epoch {epoch}/{args.epochs}  step {step}/{total_steps}  loss {mean_loss:.4f}  lr {lr:.5f}  "
-                f"{rate:.1f} images/s  left {timedelta(seconds=round(left_s))}"
+                f"epoch {epoch}/{args.epochs}  step {step}/{total_steps}  "
+                f"loss {'-' if mean_loss is None else f'{mean_loss:.4f}'}  lr {lr:.5f}  "
+                f"{rate:.1f} images/s  left {timedelta(seconds=round(left_s))}{f'  skipped {skipped} steps' if skipped else ''}"
             )
-            run.log.record(kind="train", epoch=epoch, step=step, loss=mean_loss, lr=lr, images_per_s=rate)
-            loss_total.zero_()
-            steps_in_total = 0
-    if not all(torch.isfinite(p).all() for p in run.model.parameters()):
-        raise UsageError(
-            f"weights are no finite numbers after epoch {epoch}; resume an earlier checkpoint with a lower --base-lr"
-        )
+            run.log.record(kind="train", epoch=epoch, step=step, loss=mean_loss, lr=lr, images_per_s=rate, skipped=skipped)
+        run.writer.check()
+        if step < last_step and (verdict := run.signals.after_step()):
+            within = step - (epoch - 1) * len(loader)
+            save_training(run, classes, epoch - 1, within, len(loader))
+            if verdict == Signals.STOP:
+                raise Stopped(run.signals.received or signal.SIGTERM)
 
 
 def validate(run: Run, dataset: SegmentationDataset) -> dict:
@@ -720,6 +924,7 @@ def open_loader(
             num_workers=args.workers,
             pin_memory=device.type != "cpu",
             persistent_workers=args.workers > 0,
+            worker_init_fn=leave_process_group,
             generator=torch.Generator(),  # else a process' first epoch draws one number more of those that dropout uses
         )
     return loader, batches, [f"cache {args.cache}: {note}, in {time.perf_counter() - start:.1f} s" for note in notes]
@@ -851,33 +1056,94 @@ def save(checkpoint: dict, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+class Writer:
+    """Writes checkpoints in a thread of its own, in order, while the training goes on."""
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(1, "checkpoints")
+        self.pending: Future | None = None
+
+    def save(self, checkpoint: dict, path: Path, then: Callable[[], None] = lambda: None) -> None:
+        """Writes what the checkpoint holds now, and calls `then`. Raises what went wrong with the one before, once that is done."""
+        checkpoint = detached(checkpoint)
+        self.wait()
+
+        def write() -> None:
+            save(checkpoint, path)
+            then()
+
+        self.pending = self.pool.submit(write)
+
+    def check(self) -> None:
+        """Raises OSError where writing has failed meanwhile."""
+        if self.pending and self.pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all is written. Raises OSError where that failed."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+
+def detached(value):
+    """A copy, on the CPU, of the tensors in dicts and lists: training goes on and changes them."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: detached(each) for key, each in value.items()}
+    return [detached(each) for each in value] if isinstance(value, list) else value
+
+
+def position(path: Path) -> tuple[int, int] | None:
+    """(whole epochs, steps of the next one) of a checkpoint by its name, 12.pth or 12+345.pth; None of other files."""
+    match = re.fullmatch(r"(\d+)(?:\+(\d+))?\.pth", path.name, re.ASCII)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
 def numbered_checkpoints(folder: Path) -> list[Path]:
-    """The {epoch}.pth files of a folder, oldest epoch first."""
-    return sorted((p for p in folder.glob("*.pth") if p.stem.isdigit()), key=lambda p: int(p.stem))
+    """The {epoch}.pth and {epoch}+{steps}.pth files of a folder, oldest first."""
+    return sorted((path for path in folder.glob("*.pth") if position(path)), key=position)
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Leaves the newest checkpoint and `keep` of whole epochs."""
+    found = numbered_checkpoints(folder)
+    whole = [path for path in found if position(path)[1] == 0]
+    for path in found[:-1]:
+        if path not in whole[-keep:]:
+            path.unlink()
 
 
 def find_resume(args: argparse.Namespace, notes: list[str]) -> tuple[Path, dict] | None:
     """The checkpoint that --resume asks for and its path; None to begin anew.
 
-    Of "auto" it is the newest one that is whole; which were passed over is added to `notes`.
+    Of "auto" it is the newest one that is whole; which were passed over is added to `notes`. So it is when torchrun has started the
+    processes again, whatever --resume says, if this run has come to a checkpoint.
 
     Raises:
         FileNotFoundError, CheckpointError: a path was given, and it is missing or cannot be resumed from; or of the checkpoints
             that there are none is whole.
     """
-    if args.resume is None:
+    restarts, launch = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), os.environ.get("TORCHELASTIC_RUN_ID")
+    if args.resume is None and not restarts:
         return None
-    if args.resume != "auto":
-        return Path(args.resume), read_training_state(Path(args.resume))
     found = numbered_checkpoints(Path(args.out) / "checkpoints")
-    for path in reversed(found):
-        try:
-            return path, read_training_state(path)
-        except CheckpointError as error:
-            notes.append(f"passed over {error}")
-    if found:
-        raise CheckpointError(f"{found[0].parent}: none of {len(found)} checkpoints can be resumed; {notes[0]}")
-    return None
+    if args.resume == "auto" or restarts:
+        for path in reversed(found):
+            try:
+                checkpoint = read_training_state(path)
+            except CheckpointError as error:
+                notes.append(f"passed over {error}")
+                continue
+            if args.resume == "auto" or checkpoint.get("launch") == launch:
+                return path, checkpoint
+            break  # of an earlier run
+    if args.resume == "auto":
+        if found:
+            raise CheckpointError(f"{found[0].parent}: none of {len(found)} checkpoints can be resumed; {notes[0]}")
+        return None
+    return (Path(args.resume), read_training_state(Path(args.resume))) if args.resume else None
 
 
 def read_training_state(path: Path) -> dict:
@@ -940,46 +1206,75 @@ def check_resume(path: Path, checkpoint: dict, model: FastSCNN, classes: Classes
         )
 
 
-def finish_epoch(run: Run, val_set: SegmentationDataset, epoch: int, total_epochs: int, best_miou: float) -> float:
-    """Saves {epoch}.pth, validates when that is due, and writes best_model.pth where it is the best. Returns the best mIoU.
+def save_training(run: Run, classes: Classes, epoch: int, steps: int, steps_per_epoch: int, validated: bool = True) -> None:
+    """Saves all that resuming after `epoch` whole epochs and `steps` of the next one needs; all processes call this.
+
+    Raises:
+        UsageError: weights that are no finite numbers, which are never saved.
+    """
+    tensors = [*run.model.parameters(), run.statistics.values]
+    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+        raise UsageError(
+            f"weights are no finite numbers after {epoch} epochs and {steps} steps, and were not saved; lower --base-lr; "
+            "--resume auto goes on from the newest checkpoint"
+        )
+    tally = run.tally.state(run.world_size)
+    run.signals.saved()
+    if run.rank == 0:
+        state = {
+            **network_state(run, classes, epoch),
+            "steps": steps,
+            "steps_per_epoch": steps_per_epoch,
+            "optimizer": run.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict(),
+            "tally": tally,
+            "best_miou": run.best_miou,
+            "validated": validated,
+            "world_size": run.world_size,
+            "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
+            "args": vars(run.args),
+        }
+        if run.average:
+            state["trained"] = run.model.state_dict()  # of which `model` is the average
+            state["averaged_steps"] = run.average.steps
+        folder = Path(run.args.out) / "checkpoints"
+        path = folder / (f"{epoch}+{steps}.pth" if steps else f"{epoch}.pth")
+        run.writer.save(state, path, functools.partial(remove_old, folder, run.args.keep))
+
+
+def network_state(run: Run, classes: Classes, epoch: int) -> dict:
+    """What every checkpoint holds: the network, and how to build and use it."""
+    return {"model": run.evaluated.state_dict(), "model_args": run.model.args, "classes": classes.to_dict(), "epoch": epoch}
+
+
+def finish_epoch(run: Run, val_set: SegmentationDataset, epoch: int, total_epochs: int, steps_per_epoch: int) -> None:
+    """Saves {epoch}.pth, validates when that is due, and writes best_model.pth where it is the best.
 
     What is due is saved before it is validated, marked so: an image that cannot be read does not cost the epoch, and a
     resumed run makes the validation up.
     """
-    args, folder = run.args, Path(run.args.out) / "checkpoints"
-
-    def save_numbered(validated: bool) -> None:
-        if run.rank == 0:
-            state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "args": vars(args)}
-            if run.average:
-                state["trained"] = run.model.state_dict()  # of which `model` is the average
-            save({**network, **state, "best_miou": best_miou, "validated": validated}, folder / f"{epoch}.pth")
-
-    classes = val_set.classes.to_dict()
-    network = {"model": run.evaluated.state_dict(), "model_args": run.model.args, "classes": classes, "epoch": epoch}
-    due = epoch % args.val_every == 0 or epoch == total_epochs
-    save_numbered(validated=not due)
-    if due:
+    due = epoch % run.args.val_every == 0 or epoch == total_epochs
+    if due or epoch % run.args.save_every == 0:
+        save_training(run, val_set.classes, epoch, 0, steps_per_epoch, validated=not due)
+    if not due:
+        return
+    with run.signals.raising():
         result = validate(run, val_set)
-        figures = f"mIoU {result['miou']:.4f}  pixel accuracy {result['pixel_accuracy']:.4f}"
-        run.log.line(f"epoch {epoch}/{total_epochs}  {figures}")
-        run.log.record(kind="val", epoch=epoch, **result)
-        if result["miou"] > best_miou:
-            best_miou = result["miou"]
-            if run.rank == 0:
-                save({**network, "miou": best_miou}, folder / "best_model.pth")
-        save_numbered(validated=True)
-    if run.rank == 0:
-        for old in numbered_checkpoints(folder)[: -args.keep]:
-            old.unlink()
-    return best_miou
+    run.log.line(f"epoch {epoch}/{total_epochs}  mIoU {result['miou']:.4f}  pixel accuracy {result['pixel_accuracy']:.4f}")
+    run.log.record(kind="val", epoch=epoch, **result)
+    if result["miou"] > run.best_miou:
+        run.best_miou = result["miou"]
+        if run.rank == 0:
+            best = Path(run.args.out) / "checkpoints" / "best_model.pth"
+            run.writer.save({**network_state(run, val_set.classes, epoch), "miou": run.best_miou}, best)
+    save_training(run, val_set.classes, epoch, 0, steps_per_epoch)
 
 
 def prepare_output(out: Path, resumed: tuple[Path, dict] | None) -> list[str]:
     """Makes the folders below `out`, and moves what this run would overwrite or mix with to out/earlier/TIME.
 
-    That is a whole earlier run, unless this run goes on from a checkpoint of it; then it is checkpoints of later epochs.
-    Log records of epochs that will be done again are dropped. Returns what was done, in lines for people.
+    That is a whole earlier run, unless this run goes on from a checkpoint of it; then it is later checkpoints.
+    Log records of steps that will be done again are dropped. Returns what was done, in lines for people.
     """
 
     def epoch_of_best(path: Path) -> float:
@@ -987,24 +1282,27 @@ def prepare_output(out: Path, resumed: tuple[Path, dict] | None) -> list[str]:
             return read_checkpoint(path)["epoch"]
         return float("inf")  # none, or of no use
 
-    def epoch_of_record(line: str) -> float:
-        with contextlib.suppress(ValueError, KeyError):
-            return json.loads(line)["epoch"]
-        return float("inf")  # cut off when the run was
+    def known(line: str) -> bool:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            record = json.loads(line)
+            return record["epoch"] <= epoch or (record["kind"] == "train" and record["step"] <= step)
+        return False  # cut off when the run was
 
     folder, logs = out / "checkpoints", out / "logs"
     best = folder / "best_model.pth"
     continues = resumed is not None and resumed[0].resolve().parent == folder.resolve()
     if continues:
-        epoch = resumed[1]["epoch"]
-        for path in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+        epoch, steps = resumed[1]["epoch"], resumed[1].get("steps", 0)
+        step = epoch * resumed[1].get("steps_per_epoch", 0) + steps
+        for path in [*folder.glob(".*.tmp"), *logs.glob(".*.tmp")]:  # of a process that was killed while it wrote
             path.unlink()
-        stale = [path for path in numbered_checkpoints(folder) if int(path.stem) > epoch]
+        stale = [path for path in numbered_checkpoints(folder) if position(path) > (epoch, steps)]
         stale += [best] if best.exists() and epoch_of_best(best) > epoch else []
         if (logs / "metrics.jsonl").exists():
             lines = (logs / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and epoch_of_record(line) <= epoch]
-            (logs / "metrics.jsonl").write_text("".join(kept), encoding="utf-8")
+            kept = [line for line in lines if line.endswith("\n") and known(line)]
+            (logs / ".metrics.jsonl.tmp").write_text("".join(kept), encoding="utf-8")
+            os.replace(logs / ".metrics.jsonl.tmp", logs / "metrics.jsonl")
     else:
         stale = [path for path in (folder, logs) if path.exists()]
     notes = []
@@ -1066,8 +1364,8 @@ def describe(run: Run, train_images: int, val_images: int, steps_per_epoch: int)
         run.log.line(f"fewer images ({train_images}) than the batch ({args.batch_size}): they are repeated within it")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Trains as the command line says."""
+def main(argv: list[str] | None = None) -> int:
+    """Trains as the command line says. Returns the exit status: 0, or STOPPED after a signal."""
     args = parse_args(argv)
     args.data = args.data or f"datasets/{args.dataset}"
     check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
@@ -1082,19 +1380,27 @@ def main(argv: list[str] | None = None) -> None:
     augmentation = Augmentation(tuple(args.crop_size), **choices, half_epochs=half_epochs, seed=args.seed)
     train_set = open_dataset(args.dataset, args.data, args.split, augmentation)
     val_set = open_dataset(args.dataset, args.data, args.val_split)
+    classes = train_set.classes
     torch.manual_seed(args.seed)
-    model = FastSCNN(len(train_set.classes.names), variant=args.variant, aux=args.aux, dropout=args.dropout)
-    teacher = load_teacher(args.teacher, train_set.classes) if args.teacher else None
+    model = FastSCNN(len(classes.names), variant=args.variant, aux=args.aux, dropout=args.dropout)
+    teacher = load_teacher(args.teacher, classes) if args.teacher else None
     begun: list[str] = []  # what to log of how it began
-    resumed = find_resume(args, begun)
-    if args.init_weights and not resumed:
-        begun.append(init_weights(model, args.init_weights))
-    if resumed:
-        check_resume(*resumed, model, train_set.classes, args)
+    resumed = None
+    if int(os.environ.get("RANK", 0)) == 0:  # the others get it from this process, whose disk may be another
+        resumed = find_resume(args, begun)
+        if resumed:
+            check_resume(*resumed, model, classes, args)
 
     log = None
     try:
-        device, rank, world_size = start_processes(args.device)
+        device, rank, world_size = start_processes(args.device, args.peer_timeout)
+        hosts = dist.new_group(backend="gloo", timeout=timedelta(minutes=args.peer_timeout)) if world_size > 1 else None
+        if hosts:
+            shared = [resumed]
+            dist.broadcast_object_list(shared, 0, hosts)
+            [resumed] = shared
+        if args.init_weights and not resumed:
+            begun.append(init_weights(model, args.init_weights))
         if device.type == "cpu":
             keep_freed_memory()
         args.amp = choose_amp(args.amp, device)
@@ -1114,64 +1420,109 @@ def main(argv: list[str] | None = None) -> None:
         model.to(device, memory_format=torch.channels_last)
         if syncs_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # before the DDP wrap
+        statistics = Statistics(model)
         optimizer = make_optimizer(model, args)
-        static_scale = {} if args.loss_scale == "dynamic" else {"init_scale": float(args.loss_scale)}
-        scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16", **static_scale)
+        scaler = torch.amp.GradScaler(device.type, init_scale=fixed_scale(args) or 65536.0)
 
         average = MovingAverage(model, args.ema) if args.ema else None
         if teacher:
             teacher.to(device, memory_format=torch.channels_last)
 
-        first_epoch, best_miou = 1, -1.0
-        if resumed:
-            path, checkpoint = resumed
-            model.load_state_dict(checkpoint.get("trained", checkpoint["model"]))
-            if average:
-                average.model.load_state_dict(checkpoint["model"])
-                average.steps = checkpoint["epoch"] * len(batches)
-            # The momenta are the checkpoint's, the hyper-parameters those of this run's flags.
-            optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
-            if scaler.is_enabled() and checkpoint["scaler"]:
-                scaler.load_state_dict(checkpoint["scaler"])
-            first_epoch, best_miou = checkpoint["epoch"] + 1, checkpoint["best_miou"]
-            before = {name: value for name, value in checkpoint["args"].items() if name != "resume"}
-            now = {name: value for name, value in vars(args).items() if name != "resume"}
-            changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if value != before.get(name)]
-            log.line(f"resumed {path} after epoch {checkpoint['epoch']}; changed: {', '.join(changed) or 'nothing'}")
-            if rank == 0 and best_miou >= 0 and not (out / "checkpoints" / "best_model.pth").exists():
-                log.line("there is no best_model.pth to go with it: the best of what follows will be it")
-                best_miou = -1.0
-        elif args.resume:
-            log.line(f"nothing to resume in {out / 'checkpoints'}: beginning anew")
-
         wrapped = model
         if world_size > 1:
             device_ids = None if device.type == "cpu" else [device.index]
             wrapped = nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        signals, writer, tally = Signals(rank, hosts, args.save_minutes), Writer(), Tally(device)
         objective = make_objective(args, model, train_set, device, rank, world_size, log)
-        run = Run(args, model, wrapped, optimizer, scaler, device, rank, world_size, syncs_bn, log, objective, average, teacher)
-        describe(run, len(train_set), len(val_set), len(batches))
+        run = Run(
+            args, model, wrapped, optimizer, scaler, device, rank, world_size, syncs_bn, log, tally, statistics, signals, writer,
+            objective, average, teacher,
+        )  # fmt: skip
+        steps = len(batches)
+        epochs_done, steps_done = resume(run, *resumed, steps) if resumed else (0, 0)
+        if args.resume and not resumed:
+            log.line(f"nothing to resume in {out / 'checkpoints'}: beginning anew")
+        describe(run, len(train_set), len(val_set), steps)
         if args.benchmark:
             result = benchmark(run, loader, batches, args.benchmark)
             if rank == 0:
                 print(json.dumps(result))
-            return
+            return 0
 
-        if resumed and not checkpoint["validated"]:
-            best_miou = finish_epoch(run, val_set, checkpoint["epoch"], checkpoint["args"]["epochs"], best_miou)
-        steps = len(batches)
-        progress = Progress((first_epoch - 1) * steps, args.epochs * steps, args.batch_size, half_epochs * steps)
-        for epoch in range(first_epoch, args.epochs + 1):
-            # Depends on the epoch, not on what came before, so that a resumed run draws the same numbers.
-            torch.manual_seed(int(np.random.SeedSequence((args.seed, epoch, rank)).generate_state(1)[0]))
-            batches.set_epoch(epoch)
-            train_one_epoch(run, loader, epoch, progress)
-            best_miou = finish_epoch(run, val_set, epoch, args.epochs, best_miou)
-            progress.pause()
-        log.line(f"done: best mIoU {best_miou:.4f}, {out / 'checkpoints' / 'best_model.pth'}")
+        with signals:
+            try:
+                if resumed and not resumed[1]["validated"]:
+                    finish_epoch(run, val_set, epochs_done, resumed[1]["args"]["epochs"], steps)
+                progress = Progress(epochs_done * steps + steps_done, args.epochs * steps, args.batch_size, half_epochs * steps)
+                for epoch in range(epochs_done + 1, args.epochs + 1):
+                    batches.set_epoch(epoch, steps_done)
+                    train_one_epoch(run, loader, epoch, progress, classes, steps_done)
+                    finish_epoch(run, val_set, epoch, args.epochs, steps)
+                    progress.pause()
+                    steps_done = 0
+            except Stopped as stopped:
+                writer.wait()
+                log.line(f"stopped by {stopped}, all is saved; the same flags with --resume auto go on")
+                return STOPPED
+            finally:
+                with contextlib.suppress(OSError):  # of an error on the way already, or said below
+                    failed = writer.pending
+                    writer.wait()
+            if failed:
+                failed.result()
+        log.line(f"done: best mIoU {run.best_miou:.4f}, {out / 'checkpoints' / 'best_model.pth'}")
+        return 0
+    except RuntimeError as error:
+        if dist.is_initialized() and lost_peer(error):
+            raise UsageError(
+                f"lost another process ({' '.join(str(error).split())[:160]}); what it said last tells why; --resume auto goes on "
+                "from the newest checkpoint"
+            ) from None
+        raise
     finally:
         if log is not None:
             log.close()
+
+
+def resume(run: Run, path: Path, checkpoint: dict, steps_per_epoch: int) -> tuple[int, int]:
+    """Puts a run where the checkpoint was; returns its whole epochs and its steps of the next one."""
+    args, log = run.args, run.log
+    run.model.load_state_dict(checkpoint.get("trained", checkpoint["model"]))
+    epoch, steps, of = checkpoint["epoch"], checkpoint.get("steps", 0), checkpoint.get("steps_per_epoch", steps_per_epoch)
+    place = f"epoch {epoch}" + (f" and {steps} of {of} steps" if steps else "")
+    if of != steps_per_epoch:  # another batch, or other data: the same share of the epoch
+        steps = steps * steps_per_epoch // of
+    if run.average:
+        run.average.model.load_state_dict(checkpoint["model"])
+        run.average.steps = checkpoint.get("averaged_steps", epoch * steps_per_epoch + steps)
+    # The momenta are the checkpoint's, the hyper-parameters those of this run's flags.
+    groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
+    if args.amp == checkpoint["args"]["amp"] == "fp16":
+        run.scaler.load_state_dict(checkpoint["scaler"])
+    if "tally" in checkpoint:
+        run.tally.load(checkpoint["tally"], run.rank, run.world_size)
+    run.best_miou = checkpoint["best_miou"]
+    before = {name: value for name, value in checkpoint["args"].items() if name != "resume"}
+    now = {name: value for name, value in vars(args).items() if name != "resume"}
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if value != before.get(name)]
+    log.line(f"resumed {path} after {place}; changed: {', '.join(changed) or 'nothing'}")
+    if (processes := checkpoint.get("world_size", run.world_size)) != run.world_size:
+        log.line(
+            f"it was trained by {processes} processes, now by {run.world_size}: the result will not be, to the bit, that of a run "
+            "without interruption"
+        )
+    if run.rank == 0 and run.best_miou >= 0 and not (Path(args.out) / "checkpoints" / "best_model.pth").exists():
+        log.line("there is no best_model.pth to go with it: the best of what follows will be it")
+        run.best_miou = -1.0
+    return epoch, steps
+
+
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether an error of a collective says that another process is gone or does not answer."""
+    if isinstance(error, dist.DistError):
+        return True
+    return bool(re.search("gloo|[Cc]onnection (closed|reset)|[Tt]imed out|Broken pipe", str(error)))
 
 
 if __name__ == "__main__":
