@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import hashlib
 import importlib
 import json
 import math
@@ -24,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -137,12 +139,48 @@ def start_processes(device_name: str | None, timeout_minutes: float = 30) -> tup
         torch.accelerator.set_device_index(index)
     if "RANK" not in os.environ:
         return device, 0, 1
+    timeout = timedelta(minutes=timeout_minutes)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        store = dist.PrefixStore(name_of_this_start(store, rank, world_size, timeout_minutes), store)
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timeout,
+        store=store,
+        rank=rank,
+        world_size=world_size,
         device_id=device if device.type != "cpu" else None,
     )
-    return device, dist.get_rank(), dist.get_world_size()
+    return device, rank, world_size
+
+
+def name_of_this_start(store: dist.Store, rank: int, world_size: int, timeout_minutes: float) -> str:
+    """A name on which the processes that live now agree, of a store that outlives them.
+
+    torchrun keeps its store over restarts: what a killed process has written there, such as its address, would be read in the
+    place of what its successor has yet to write. So each says hello with a token of its own, process 0 proposes the tokens that
+    it finds, all who find their own among them agree, and where one was a dead process' it is proposed anew.
+
+    Raises:
+        UsageError: they did not all meet in time.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"hello/{rank}", own)
+    hellos = [f"hello/{each}" for each in range(world_size)]
+    deadline = time.monotonic() + 60 * timeout_minutes
+    while time.monotonic() < deadline:
+        if rank == 0 and store.check(hellos):
+            store.set("proposal", b" ".join(store.get(each) for each in hellos))
+        tokens = store.get("proposal") if store.check(["proposal"]) else b""
+        if own.encode() in tokens.split():
+            name = hashlib.sha256(tokens).hexdigest()
+            store.set(f"{name}/{rank}", "agreed")
+            if rank == 0 and store.check([f"{name}/{each}" for each in range(world_size)]):
+                store.set(f"{name}/all", "agreed")
+            if store.check([f"{name}/all"]):
+                return name
+        time.sleep(0.05)
+    raise UsageError(f"the {world_size} processes did not meet within {timeout_minutes:g} minutes; see what the others say")
 
 
 def leave_process_group(_: int) -> None:

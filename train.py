@@ -19,6 +19,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import io
 import itertools
 import json
 import math
@@ -483,6 +484,15 @@ def choose_amp(name: str, device: torch.device) -> str:
 # -------------------------------------------------------------------------------------------------------------- one epoch
 
 
+@contextlib.contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Gives errors of writing the name of the file, which a full disk's lack."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 class Log:
     """Lines for people on stdout and in train.log, records for programs in metrics.jsonl; rank 0 alone writes."""
 
@@ -492,7 +502,7 @@ class Log:
         self.text = self.records = None
         if rank == 0 and folder:
             folder.mkdir(parents=True, exist_ok=True)
-            self.text = open(folder / "train.log", "a", encoding="utf-8")
+            self.text = open(folder / "train.log", "a", encoding="utf-8", errors="backslashreplace")
             self.records = open(folder / "metrics.jsonl", "a", encoding="utf-8")
 
     def line(self, text: str) -> None:
@@ -500,18 +510,21 @@ class Log:
         if self.rank == 0:
             print(text, flush=True)
         if self.text:
-            print(text, file=self.text, flush=True)
+            with named(self.text.name):
+                print(text, file=self.text, flush=True)
 
     def record(self, **fields) -> None:
         """One JSON object for programs."""
         if self.records:
-            print(json.dumps(fields), file=self.records, flush=True)
+            with named(self.records.name):
+                print(json.dumps(fields), file=self.records, flush=True)
 
     def close(self) -> None:
         """Closes the files."""
         for file in (self.text, self.records):
-            if file:
-                file.close()
+            with contextlib.suppress(OSError):  # said when the line was written
+                if file:
+                    file.close()
 
 
 class Progress:
@@ -1040,9 +1053,11 @@ def benchmark(run: Run, loader: Loader | DeviceLoader, batches: TrainBatches, st
 def save(checkpoint: dict, path: Path) -> None:
     """Writes beside `path`, to the disk, and renames, so that a file of this name is whole even after a power cut."""
     temporary = path.with_name(f".{path.name}.tmp")
+    content = io.BytesIO()
+    torch.save(checkpoint, content)  # on a full disk it would raise errors of its own
     try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+        with named(path), open(temporary, "wb") as file:
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1118,25 +1133,25 @@ def remove_old(folder: Path, keep: int) -> None:
 def find_resume(args: argparse.Namespace, notes: list[str]) -> tuple[Path, dict] | None:
     """The checkpoint that --resume asks for and its path; None to begin anew.
 
-    Of "auto" it is the newest one that is whole; which were passed over is added to `notes`. So it is when torchrun has started the
-    processes again, whatever --resume says, if this run has come to a checkpoint.
+    Of "auto" it is the newest one that is whole; which were passed over is added to `notes`. So it is after a restart by torchrun,
+    whatever --resume says, once this launch has come to a checkpoint.
 
     Raises:
         FileNotFoundError, CheckpointError: a path was given, and it is missing or cannot be resumed from; or of the checkpoints
             that there are none is whole.
     """
-    restarts, launch = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), os.environ.get("TORCHELASTIC_RUN_ID")
-    if args.resume is None and not restarts:
-        return None
+    launch, count = os.environ.get("TORCHELASTIC_RUN_ID", "none"), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    # The count is of this machine's torchrun alone: where another one's process died, it stays 0. Then the launch's name tells.
+    restarted = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and (count > 0 or launch != "none")
     found = numbered_checkpoints(Path(args.out) / "checkpoints")
-    if args.resume == "auto" or restarts:
+    if args.resume == "auto" or restarted:
         for path in reversed(found):
             try:
                 checkpoint = read_training_state(path)
             except CheckpointError as error:
                 notes.append(f"passed over {error}")
                 continue
-            if args.resume == "auto" or checkpoint.get("launch") == launch:
+            if args.resume == "auto" or checkpoint.get("launch", "none") == launch:
                 return path, checkpoint
             break  # of an earlier run
     if args.resume == "auto":
@@ -1231,7 +1246,7 @@ def save_training(run: Run, classes: Classes, epoch: int, steps: int, steps_per_
             "best_miou": run.best_miou,
             "validated": validated,
             "world_size": run.world_size,
-            "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
+            "launch": os.environ.get("TORCHELASTIC_RUN_ID", "none"),
             "args": vars(run.args),
         }
         if run.average:
@@ -1285,23 +1300,26 @@ def prepare_output(out: Path, resumed: tuple[Path, dict] | None) -> list[str]:
     def known(line: str) -> bool:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             record = json.loads(line)
-            return record["epoch"] <= epoch or (record["kind"] == "train" and record["step"] <= step)
+            if record["kind"] == "val":
+                return record["epoch"] <= epoch - (not resumed[1]["validated"])
+            return record["epoch"] <= epoch or record["step"] <= step
         return False  # cut off when the run was
 
     folder, logs = out / "checkpoints", out / "logs"
     best = folder / "best_model.pth"
+    for path in [*folder.glob(".*.tmp"), *logs.glob(".*.tmp")]:  # of a process that was killed while it wrote
+        path.unlink()
     continues = resumed is not None and resumed[0].resolve().parent == folder.resolve()
     if continues:
         epoch, steps = resumed[1]["epoch"], resumed[1].get("steps", 0)
         step = epoch * resumed[1].get("steps_per_epoch", 0) + steps
-        for path in [*folder.glob(".*.tmp"), *logs.glob(".*.tmp")]:  # of a process that was killed while it wrote
-            path.unlink()
         stale = [path for path in numbered_checkpoints(folder) if position(path) > (epoch, steps)]
         stale += [best] if best.exists() and epoch_of_best(best) > epoch else []
         if (logs / "metrics.jsonl").exists():
             lines = (logs / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and known(line)]
-            (logs / ".metrics.jsonl.tmp").write_text("".join(kept), encoding="utf-8")
+            with named(logs / "metrics.jsonl"):
+                (logs / ".metrics.jsonl.tmp").write_text("".join(kept), encoding="utf-8")
             os.replace(logs / ".metrics.jsonl.tmp", logs / "metrics.jsonl")
     else:
         stale = [path for path in (folder, logs) if path.exists()]

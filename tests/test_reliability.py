@@ -22,6 +22,13 @@ from model import read_checkpoint
 from test_train import EVERYTHING, flags, records, run
 
 PLAIN = {**os.environ, "OMP_NUM_THREADS": "1"}
+WITH_MOUNTS = (
+    "unshare",
+    "--mount",
+    "--map-root-user",
+    "sh",
+    "-c",
+)  # as root of a name space, where a small disk can be mounted
 
 
 def stop_after(monkeypatch, steps, what=train.Signals.STOP):
@@ -45,7 +52,15 @@ def patched(folder, body):
 def test_stopped_within_an_epoch_and_resumed_equals_uninterrupted(drawn, tmp_path, monkeypatch, capsys, cache, workers):
     teacher = tmp_path / "teacher/checkpoints/1.pth"
     assert run(drawn, tmp_path / "teacher", epochs=1) == 0
-    choices = {**EVERYTHING, "teacher": teacher, "dropout": 0.3, "epochs": 3, "log_every": 4, "cache": cache, "workers": workers}
+    choices = {
+        **EVERYTHING,
+        "teacher": teacher,
+        "dropout": 0.3,
+        "epochs": 3,
+        "log_every": 4,
+        "cache": cache,
+        "workers": workers,
+    }
     assert run(drawn, tmp_path / "whole", **choices) == 0
     with monkeypatch.context() as patch:
         stop_after(patch, 4)  # of the steps that are no epoch's last: in epoch 2, between two log lines
@@ -184,15 +199,15 @@ def test_killed_within_writing_a_checkpoint(drawn, tmp_path, when):
     kill = "os.kill(os.getpid(), signal.SIGKILL)"
     if when == "half written":
         body = f"""
-whole = torch.save
-def half(checkpoint, file):
-    import io
-    buffer = io.BytesIO()
-    whole(checkpoint, buffer)
-    if checkpoint["epoch"] == 2:
-        file.write(buffer.getvalue()[: buffer.tell() // 2]); file.flush(); {kill}
-    file.write(buffer.getvalue())
-torch.save = half"""
+import io
+whole = train.save
+def half(checkpoint, path):
+    if checkpoint["epoch"] == 2 and path.name == "2.pth":
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        path.with_name(".2.pth.tmp").write_bytes(content.getvalue()[: content.tell() // 2]); {kill}
+    whole(checkpoint, path)
+train.save = half"""
     else:
         order = f"{kill}; replace(a, b)" if when == "written" else f"replace(a, b); {kill}"
         body = f"""
@@ -229,10 +244,10 @@ print(done.stderr, done.returncode, done.stdout)
 shutil.copytree({str(disk / "r")!r}, {str(tmp_path / "kept")!r})
 """
     # Room for two checkpoints of 9.4 MiB and the best model, not for a third.
-    shell = f"mount -t tmpfs -o size=48m tmpfs {disk} && head -c 18M /dev/zero > {disk}/ballast && exec \"$@\""
-    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", shell, "sh", sys.executable, "-c", body]
+    shell = f'mount -t tmpfs -o size=48m tmpfs {disk} && head -c 18M /dev/zero > {disk}/ballast && exec "$@"'
+    command = [*WITH_MOUNTS, shell, "sh", sys.executable, "-c", body]
     try:
-        probe = subprocess.run([*command[:5], f"mount -t tmpfs tmpfs {disk}"], capture_output=True)
+        probe = subprocess.run([*WITH_MOUNTS, f"mount -t tmpfs tmpfs {disk}"], capture_output=True)
     except FileNotFoundError:
         pytest.skip("no program unshare here, to mount a small disk with")
     if probe.returncode:
@@ -253,10 +268,12 @@ def test_output_that_cannot_be_written_is_one_line_before_the_first_step(drawn, 
     for out, reason in ((tmp_path / "file" / "runs", "not a directory"), (Path("/proc/runs"), "no such file or directory")):
         assert run(drawn, out) == 2
         captured = capsys.readouterr()
-        assert re.fullmatch(rf"train.py: {out}\S*: {reason}; give another path.*\n", captured.err) and "step" not in captured.out
+        assert (
+            re.fullmatch(rf"train.py: {out}\S*: {reason}; give another path.*\n", captured.err) and "step" not in captured.out
+        )
+    argv = [sys.executable, ROOT / "train.py", *flags(drawn, tmp_path / "r")]
     done = subprocess.run(
-        ["unshare", "--mount", "--map-root-user", "sh", "-c", f'mount -t tmpfs -o ro tmpfs {tmp_path} && exec "$@"', "sh"]
-        + [sys.executable, ROOT / "train.py", *flags(drawn, tmp_path / "r")],
+        [*WITH_MOUNTS, f'mount -t tmpfs -o ro tmpfs {tmp_path} && exec "$@"', "sh", *argv],
         capture_output=True, text=True, env=PLAIN, timeout=60,
     )  # fmt: skip
     if "mount" not in done.stderr and "unshare" not in done.stderr:
@@ -370,7 +387,9 @@ def loss_with(values):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_steps_without_a_finite_loss_are_skipped_as_if_they_had_not_been(drawn, tmp_path, monkeypatch, capsys, bad, amp, optimizer):
+def test_steps_without_a_finite_loss_are_skipped_as_if_they_had_not_been(
+    drawn, tmp_path, monkeypatch, capsys, bad, amp, optimizer
+):
     choices = {"epochs": 1, "batch_size": 4, "ema": 0.5, "amp": amp, "optimizer": optimizer, "dropout": 0, "save_minutes": 1e-6}
     monkeypatch.setattr(train.Objective, "__call__", loss_with([bad, 1, bad]))
     states = []
@@ -412,7 +431,14 @@ def test_two_processes_skip_together(drawn, tmp_path):
     options = {"epochs": 2, "val_every": 2, "ema": 0.9}
     done = run_script(patched(tmp_path, body), *flags(drawn, tmp_path / "r", **options), processes=2)
     assert done.returncode == 0, done.stderr
-    assert [(r["step"], r["skipped"]) for r in records(tmp_path / "r", "train")] == [(1, 0), (2, 1), (3, 1), (4, 0), (5, 0), (6, 0)]
+    assert [(r["step"], r["skipped"]) for r in records(tmp_path / "r", "train")] == [
+        (1, 0),
+        (2, 1),
+        (3, 1),
+        (4, 0),
+        (5, 0),
+        (6, 0),
+    ]
     assert all(torch.isfinite(v).all() for v in read_checkpoint(tmp_path / "r/checkpoints/2.pth")["model"].values())
 
 
@@ -427,7 +453,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(drawn, tmp_path, monkeypatc
 
 def test_weights_that_are_no_numbers_are_never_saved(drawn, tmp_path, monkeypatch, capsys):
     # Finite gradients, at a rate that takes the weights beyond float32.
-    monkeypatch.setattr(train, "learning_rate", lambda *_: 1e38)
+    monkeypatch.setattr(train, "learning_rate", lambda *_: math.inf)
     assert run(drawn, tmp_path / "r", epochs=1, save_minutes=1e-6) == 2
     assert "weights are no finite numbers after 0 epochs and 1 steps, and were not saved" in capsys.readouterr().err
     assert not list((tmp_path / "r").rglob("*.pth"))

@@ -523,7 +523,10 @@ def test_benchmark_measures_and_writes_nothing(drawn, tmp_path, capsys, cache):
         ({"split": "trian"}, "no images"),
         ({"dataset": "voc"}, "dataset 'voc' is unknown"),
         ({"resume": "/none/3.pth"}, "/none/3.pth: no such checkpoint"),
-        ({"base_lr": 1e30, "warmup_steps": 0, "max_skipped": 2}, "loss or gradients were no finite numbers in 2 steps in a row"),
+        (
+            {"base_lr": 1e30, "warmup_steps": 0, "max_skipped": 2},
+            "loss or gradients were no finite numbers in 2 steps in a row",
+        ),
         ({"base_lr": math.nan}, "--base-lr is nan, expected a finite number"),
         ({"scale_range": (1, math.inf)}, "--scale-range is 1.0 inf"),
         ({"peer_timeout": 0}, "--peer-timeout is 0.0, expected 0.1"),
