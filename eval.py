@@ -21,6 +21,7 @@ import importlib
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -183,10 +184,13 @@ def name_of_this_start(store: dist.Store, rank: int, world_size: int, timeout_mi
     raise UsageError(f"the {world_size} processes did not meet within {timeout_minutes:g} minutes; see what the others say")
 
 
-def leave_process_group(_: int) -> None:
-    """For a loader's worker: what ends the training process by signal, a Ctrl-C or torchrun, leaves it to that process to end this one."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
+def outlive_signals(_: int) -> None:
+    """For a loader's worker: what is sent to all processes at once is for the one that reads from it, which ends this one.
+
+    A Ctrl-C is ignored, and the first SIGTERM; a second one, which that process sends when it leaves, counts.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
@@ -326,7 +330,7 @@ def evaluate(
         batch_size=1,
         sampler=indices,
         num_workers=min(workers, len(indices)),
-        worker_init_fn=leave_process_group,
+        worker_init_fn=outlive_signals,
         generator=torch.Generator(),  # else it draws from the training's random numbers
     )
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)

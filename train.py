@@ -66,8 +66,8 @@ from eval import (
     UsageError,
     evaluate,
     exit_status,
-    leave_process_group,
     metrics,
+    outlive_signals,
     start_processes,
 )
 from model import VARIANTS, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint
@@ -937,7 +937,7 @@ def open_loader(
             num_workers=args.workers,
             pin_memory=device.type != "cpu",
             persistent_workers=args.workers > 0,
-            worker_init_fn=leave_process_group,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator(),  # else a process' first epoch draws one number more of those that dropout uses
         )
     return loader, batches, [f"cache {args.cache}: {note}, in {time.perf_counter() - start:.1f} s" for note in notes]

@@ -149,13 +149,25 @@ def test_signal_to_everybody_saves_and_says_how_to_go_on(drawn, tmp_path, number
     argv = [sys.executable, ROOT / "train.py", *flags(drawn, tmp_path / "r", epochs=500, val_every=500, workers=1)]
     process = kills.start(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for(process, "step 5/")
-    os.killpg(process.pid, number)  # as a terminal or a scheduler does
+    os.killpg(process.pid, number)  # as a terminal does, or systemd: the loader's workers get it too
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (train.STOPPED, "")
     assert f"stopped by {signal.Signals(number).name}, all is saved; the same flags with --resume auto go on" in out
     (path,) = (p for p in train.numbered_checkpoints(tmp_path / "r/checkpoints")[-1:])
     last = records(tmp_path / "r", "train")[-1]["step"]
     assert 3 * train.position(path)[0] + train.position(path)[1] == last >= 5
+
+
+def test_signal_to_torchrun_stops_all_processes_after_the_same_step(drawn, tmp_path):
+    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+    argv += flags(drawn, tmp_path / "r", epochs=500, val_every=500, workers=1)
+    process = kills.start([sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for(process, "step 5/")
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert "stopped by SIGTERM, all is saved" in out and "lost another process" not in out, out
+    epoch, steps = train.position(train.numbered_checkpoints(tmp_path / "r/checkpoints")[-1])
+    assert 3 * epoch + steps == records(tmp_path / "r", "train")[-1]["step"]
 
 
 def test_signal_during_validation_leaves_at_once_with_the_epoch_saved(drawn, tmp_path):
