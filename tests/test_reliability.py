@@ -479,3 +479,24 @@ def test_loss_scale_finds_its_value_and_the_run_goes_on(drawn, tmp_path):
     assert checkpoint["scaler"]["scale"] == 2.0 ** (16 - skipped)
     assert all(torch.isfinite(value).all() for value in checkpoint["model"].values())
     assert json.loads((tmp_path / "r/logs/metrics.jsonl").read_text().splitlines()[-1])["kind"] == "val"
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(drawn, tmp_path, monkeypatch):
+    written, begun = [], []
+    save, step = train.save, train.train_step
+
+    def slow(checkpoint, path):
+        start = time.monotonic()
+        time.sleep(0.5)
+        save(checkpoint, path)
+        written.append((path.name, start, time.monotonic()))
+
+    monkeypatch.setattr(train, "save", slow)
+    monkeypatch.setattr(train, "train_step", lambda *args: (begun.append(time.monotonic()), step(*args)))
+    assert run(drawn, tmp_path / "r", epochs=2, val_every=2) == 0
+    [(_, start, end)] = [each for each in written if each[0] == "1.pth"]
+    assert sum(start < at < end for at in begun) >= 2
+    # What was written is the state at the end of the epoch, not what the steps since have made of it.
+    monkeypatch.setattr(train, "save", save)
+    assert run(drawn, tmp_path / "one", epochs=2, val_every=2) == 0
+    assert kills.differences(*(read_checkpoint(tmp_path / name / "checkpoints/1.pth") for name in ("r", "one"))) == []
