@@ -373,7 +373,10 @@ def _opened(path: str | Path, checked: bool = True) -> Iterator[tuple[Image.Imag
         with _open_regular(path) as file:
             bits = _check_png(file) if checked else 8
             file.seek(0)
-            yield Image.open(file, formats=IMAGE_FORMATS), bits
+            image = Image.open(file, formats=IMAGE_FORMATS)
+            yield image, bits
+            if checked and image.format == "PNG":
+                _check_length(file, image)
     except DataError:
         raise
     except FileNotFoundError:
@@ -410,6 +413,31 @@ def _check_png(file: BinaryIO) -> int:
         if _read_exactly(file, 4) != checksum.to_bytes(4, "big"):
             raise OSError(f"wrong checksum in chunk {kind!r}")
     return bits
+
+
+def _check_length(file: BinaryIO, image: Image.Image) -> None:
+    """Raises OSError for a loaded PNG file whose pixels end early: Pillow leaves the rest of them 0, class 0 of a label map.
+
+    It needs all to be decompressed once more, and is done where the last row is 0 indeed, or not the last to come.
+    """
+    width, height = image.size
+    if not image.info.get("interlace") and np.asarray(image.crop((0, height - 1, width, height))).any():
+        return
+    file.seek(0)
+    content, at, compressed = file.read(), 8, b""
+    bits, kind, interlaced = content[24], content[25], content[28]
+    while at < len(content):
+        size = int.from_bytes(content[at : at + 4], "big")
+        compressed += content[at + 8 : at + 8 + size] if content[at + 4 : at + 8] == b"IDAT" else b""
+        at += 12 + size
+    bits *= {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]  # of a pixel
+    seven = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    needed = 0
+    for left, top, step_x, step_y in seven if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - left) // step_x), -(-(height - top) // step_y)
+        needed += rows * (1 + -(-columns * bits // 8)) if columns > 0 and rows > 0 else 0
+    if len(zlib.decompressobj().decompress(compressed, needed)) < needed:
+        raise OSError("its pixels end early")
 
 
 def _read_exactly(file: BinaryIO, size: int) -> bytes:

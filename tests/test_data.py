@@ -256,6 +256,29 @@ def png(values, bits, kind=0):
     )
 
 
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("size", [(8, 8), (9, 8), (1, 1), (3, 5)])
+def test_a_png_of_too_few_pixels_is_refused_rather_than_filled_with_class_0(tmp_path, size, interlaced):
+    # Its checksums are right; Pillow leaves the rows that do not come black.
+    height, width = size
+    starts = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    passes = [range(x, width, dx) and (len(range(y, height, dy)), len(range(x, width, dx))) for x, y, dx, dy in starts]
+    passes = [each for each in passes if each and each[0]] if interlaced else [(height, width)]
+    for value in (0, 3):
+        lines = [b"\0" + bytes([value]) * columns for rows, columns in passes for _ in range(rows)]
+        for there in range(len(lines) + 1):
+            head = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, interlaced])
+            chunks = (head, b"IDAT" + zlib.compress(b"".join(lines[:there])), b"IEND")
+            content = [(len(c) - 4).to_bytes(4, "big") + c + zlib.crc32(c).to_bytes(4, "big") for c in chunks]
+            (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(content))
+            if there == len(lines):
+                assert (np.array(read_label(tmp_path / "x.png", bytes(range(256)))) == value).all()
+                continue
+            for read in (read_image, lambda path: read_label(path, bytes(range(256)))):
+                with pytest.raises(DataError, match=r"x.png: cannot be decoded"):
+                    read(tmp_path / "x.png")
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_a_grey_label_map_of_few_bits_is_refused_rather_than_scaled(tmp_path, bits):
     # Pillow reads them as shades of grey: class 1 of 4 bits would be 17, another class.
