@@ -595,10 +595,35 @@ def _is_optimizer_state(value: object) -> bool:
     return numbered and isinstance(value.get("param_groups"), list)
 
 
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_tally(value: object) -> bool:
+    """Whether a dict holds what train.py counts between two lines of its log."""
+    if not _is_dict(value) or not _is_count(value.get("steps")):
+        return False
+    sums, skipped = value.get("loss_sums"), value.get("skipped")
+    return (
+        isinstance(sums, Tensor)
+        and sums.ndim == 1
+        and sums.is_floating_point()
+        and isinstance(skipped, Tensor)
+        and skipped.dtype == torch.int64
+        and skipped.shape == (4,)
+    )
+
+
 def _is_scaler_state(value: object) -> bool:
     """Whether a dict is what torch.amp.GradScaler saves, which is nothing where it is off."""
     keys = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
     return value == {} or (_is_dict(value) and value.keys() == keys and all(map(_is_number, value.values())))
+
+
+def _are_flags(value: object) -> bool:
+    """Whether a dict holds of train.py's flags those that resuming looks at."""
+    texts = _is_dict(value) and isinstance(value.get("data"), str) and isinstance(value.get("amp", ""), str)
+    return texts and _is_count(value.get("epochs")) and value["epochs"] > 0
 
 
 # What each entry of a checkpoint has to be, in words and as a test; all but the first two may be missing.
@@ -607,17 +632,17 @@ _ENTRIES = {
     "model_args": ("the arguments of FastSCNN", _is_dict),
     "trained": ("a state dict", _is_state),
     "classes": ("names, an RGB for each, and categories", _are_classes),
-    "epoch": ("a number of epochs", lambda value: type(value) is int and 0 <= value < 2**31),
+    "epoch": ("a number of epochs", _is_count),
+    "steps": ("a number of steps", _is_count),
+    "steps_per_epoch": ("a number of steps", lambda value: _is_count(value) and value > 0),
+    "averaged_steps": ("a number of steps", _is_count),
+    "world_size": ("a number of processes", lambda value: _is_count(value) and value > 0),
+    "tally": ("sums of losses and counts of steps", _is_tally),
     "optimizer": ("an optimiser's state", _is_optimizer_state),
     "scaler": ("the state of a GradScaler", _is_scaler_state),
     "best_miou": ("a number", _is_number),
     "validated": ("true or false", lambda value: isinstance(value, bool)),
-    "args": (
-        "the flags of a training run",
-        lambda value: (
-            _is_dict(value) and isinstance(value.get("data"), str) and type(value.get("epochs")) is int and value["epochs"] > 0
-        ),
-    ),
+    "args": ("the flags of a training run", _are_flags),
 }
 
 
