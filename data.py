@@ -16,7 +16,10 @@ import json
 import math
 import mmap
 import os
+import stat
+import struct
 import tempfile
+import warnings
 import weakref
 import zlib
 from collections import deque
@@ -24,10 +27,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 IGNORE = 255  # train id of pixels that count neither in the loss nor in the metrics
@@ -38,6 +42,11 @@ LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
 SAME_COLOUR = (1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 PADDING_RGB = tuple(round(255 * m) for m in MEAN)  # 0 after normalisation
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp")
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")  # whatever a file is called, no other of Pillow's readers sees it
+CLASS_FILE_BYTES = 2**20  # classes.json has no more
+
+# Pillow warns of what is no error here: Exif data in disorder, pictures of 90 megapixels. What is one, it raises.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class DataError(ValueError):
@@ -183,27 +192,54 @@ def _open_camvid(root: Path):
 
 
 def _open_folder(root: Path):
-    path = root / "classes.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        names = [str(name) for name in content["names"]]
-        colours = [tuple(int(v) for v in colour) for colour in content.get("colours") or _palette(len(names))]
-        ignored = content.get("ignore", IGNORE)
-        ignored = [int(v) for v in (ignored if isinstance(ignored, list) else [ignored])]
-    except FileNotFoundError:
-        raise DataError(f'{path}: no such file; write one such as {{"names": ["road", "car"], "ignore": 255}}') from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not the expected JSON ({type(error).__name__}: {error}); see data.open_dataset") from error
-    if not 0 < len(names) <= UNKNOWN or len(colours) != len(names) or any(len(colour) != 3 for colour in colours):
-        raise DataError(f"{path}: {len(names)} names and {len(colours)} colours, expected 1 to {UNKNOWN} names, an RGB each")
-    if any(not 0 <= value <= 255 for value in [*ignored, *(v for colour in colours for v in colour)]):
-        raise DataError(f"{path}: colours and ignored values must lie between 0 and 255")
+    names, colours, ignored = _read_classes(root / "classes.json")
     table = label_table({i: i for i in range(len(names)) if i not in ignored}, ignored)
 
     def find(split: str) -> list[Sample]:
         return _pair(root / "images" / split, "**/*", "", root / "labels" / split, "**/*", "")
 
     return Classes(tuple(names), tuple(colours)), table, find
+
+
+def _read_classes(path: Path) -> tuple[list[str], list[tuple[int, int, int]], list[int]]:
+    """Names, colours and ignored values of a classes.json, see `open_dataset`. Raises DataError for anything else."""
+    try:
+        with _open_regular(path) as file:
+            text = file.read(CLASS_FILE_BYTES + 1)
+        if len(text) > CLASS_FILE_BYTES:
+            raise DataError(f"{path}: more than {size_text(CLASS_FILE_BYTES)}, expected a few names; see data.open_dataset")
+        content = json.loads(text.decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise DataError(f'{path}: no such file; write one such as {{"names": ["road", "car"], "ignore": 255}}') from None
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: not the expected JSON ({_reason(error)}); see data.open_dataset") from error
+
+    def check(fine: bool, what: str) -> None:
+        if not fine:
+            raise DataError(f"{path}: not the expected JSON ({what}); see data.open_dataset")
+
+    def is_byte(value: object) -> bool:
+        return type(value) is int and 0 <= value <= 255  # JSON's true and false are no numbers here
+
+    check(isinstance(content, dict) and "names" in content, 'expected an object with "names"')
+    stray = ", ".join(repr(key)[:40] for key in sorted(content.keys() - {"names", "colours", "ignore"})[:3])
+    check(not stray, f"unknown are {stray}, expected names, colours and ignore")
+    names, colours, ignored = content["names"], content.get("colours"), content.get("ignore", IGNORE)
+    # Printable, on one line of a table: so neither a line break nor half of a surrogate pair.
+    fine = isinstance(names, list) and all(isinstance(name, str) and name.isprintable() and name.strip() for name in names)
+    check(fine, "names must be a list of printable strings, none of them empty")
+    twice = next((name for at, name in enumerate(names) if name in names[:at]), None)
+    check(twice is None, f"two classes are called {twice!r:.60}")
+    colours = _palette(len(names)) if colours is None else colours
+    check(isinstance(colours, list) and all(isinstance(colour, list | tuple) for colour in colours), "colours must be lists")
+    ignored = ignored if isinstance(ignored, list) else [ignored]
+    if not 0 < len(names) <= UNKNOWN or len(colours) != len(names) or any(len(colour) != 3 for colour in colours):
+        raise DataError(f"{path}: {len(names)} names and {len(colours)} colours, expected 1 to {UNKNOWN} names, an RGB each")
+    if not all(map(is_byte, [*ignored, *(v for colour in colours for v in colour)])):
+        raise DataError(f"{path}: colours and ignored values must be whole numbers that lie between 0 and 255")
+    return names, [tuple(colour) for colour in colours], ignored
 
 
 def _palette(count: int) -> list[tuple[int, int, int]]:
@@ -217,7 +253,7 @@ def _pair(image_dir: Path, image_glob: str, image_end: str, label_dir: Path, lab
     """Images and labels of the same name, less the given ends or, where those are empty, the suffix."""
 
     def listing(folder: Path, glob: str, end: str) -> dict[str, Path]:
-        paths = sorted(p for p in folder.glob(glob) if p.suffix.lower() in IMAGE_SUFFIXES)
+        paths = sorted(p for p in folder.glob(glob) if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
         names: dict[str, Path] = {}
         for path in paths:
             relative = path.relative_to(folder)
@@ -243,25 +279,46 @@ def _pair(image_dir: Path, image_glob: str, image_end: str, label_dir: Path, lab
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An RGB image. Raises DataError where the file cannot be decoded or has more than 8 bits per channel."""
-    image = _decode(path)
-    if image.mode.startswith(("I", "F")):  # convert() would clip nearly all of it to white
-        raise DataError(f"{path}: image of mode {image.mode}, expected 8 bits per channel; convert it")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    """An RGB image as viewers show it: turned as its Exif orientation says, transparency left out.
+
+    Raises:
+        DataError: no regular file, or none of IMAGE_FORMATS; it cannot be decoded, a PNG's checksum is wrong, or it has more
+            than 8 bits per channel. JPEG, BMP, PPM and WebP have no checksums: damage that leaves them readable goes unseen.
+    """
+    with _opened(path) as (image, bits):
+        if bits > 8 or image.mode.startswith(("I", "F")):  # convert() would clip nearly all of it to white
+            raise DataError(f"{path}: image of mode {image.mode}, expected 8 bits per channel, no more; convert it")
+        turn = _turn(image)
+        image.load()
+        image.info.pop("transparency", None)  # Pillow would look for a colour to stand for it
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        return image if turn is None else image.transpose(turn)
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
-    """Width and height of an image, without decoding it. Raises DataError where it is no image."""
-    return _decode(path, pixels=False).size
+    """Width and height of the image that `read_image` gives, without decoding it. Raises DataError where it is no image."""
+    with _opened(path, checked=False) as (image, _):
+        return image.size[::-1] if _turn(image) in _QUARTER_TURNS else image.size
 
 
 def read_label(path: str | Path, table: bytes) -> Image.Image:
-    """A label map of train ids (mode "L"). Raises DataError where a value is outside the table."""
-    label = _decode(path)
-    if label.mode == "P":  # a palette is for viewers: the indices are the labels
-        label = Image.frombytes("L", label.size, label.tobytes())
-    if label.mode != "L":
-        raise DataError(f"{path}: label map of mode {label.mode}, expected one channel of 8 bits with a class id per pixel")
+    """A label map of train ids (mode "L"), turned like an image.
+
+    Raises:
+        DataError: what `read_image` raises; a format, mode or depth in which values are not class ids; a value outside the table.
+    """
+    with _opened(path) as (label, bits):
+        if label.format not in ("PNG", "BMP"):  # JPEG smears values, PPM scales them
+            raise DataError(f"{path}: label map in a file of {label.format}, which does not keep class ids; save it as PNG")
+        if label.mode not in ("L", "P"):
+            raise DataError(f"{path}: label map of mode {label.mode}, expected one channel of 8 bits with a class id per pixel")
+        if label.mode == "L" and bits < 8:  # Pillow scales them: 1 of 4 bits would be read as 17
+            raise DataError(f"{path}: label map of {bits} bits, whose values are shades of grey; save it with 8 bits per pixel")
+        turn = _turn(label)
+        label.load()
+        if label.mode == "P":  # a palette is for viewers: the indices are the labels
+            label = Image.frombytes("L", label.size, label.tobytes())
+        label = label if turn is None else label.transpose(turn)
     train_ids = label.point(table)
     if (np.asarray(train_ids) == UNKNOWN).any():
         stray = [value for value, count in enumerate(label.histogram()) if count and table[value] == UNKNOWN]
@@ -272,18 +329,122 @@ def read_label(path: str | Path, table: bytes) -> Image.Image:
     return train_ids
 
 
-def _decode(path: str | Path, pixels: bool = True) -> Image.Image:
+_TURNS = dict(
+    zip(
+        range(2, 9),
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+    )
+)  # Exif's orientations; 1 is as it lies
+_QUARTER_TURNS = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))  # which swap width and height
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How viewers turn an image that is not loaded yet; None for not at all."""
     try:
-        image = Image.open(path)
-        if pixels:
-            image.load()
-        else:
-            image.close()
+        # Not PNG's own method, which decodes the whole image to look behind the pixels, where the standard allows no Exif data.
+        return _TURNS.get(Image.Image.getexif(image).get(ExifTags.Base.Orientation))
+    except Exception:  # there is no kind of error that damaged Exif data cannot raise; viewers go without them
+        return None
+
+
+def _open_regular(path: str | Path) -> BinaryIO:
+    """The file. Raises DataError for a folder, a device or a pipe, which would wait for who writes to it."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{path}: is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; replace or remove it")
+    return open(path, "rb")
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, checked: bool = True) -> Iterator[tuple[Image.Image, int]]:
+    """An image that is not loaded yet, and its bits per channel, 8 for all but PNG and unless `checked`.
+
+    What goes wrong with the file within the block becomes a DataError, too.
+    """
+    try:
+        with _open_regular(path) as file:
+            bits = _check_png(file) if checked else 8
+            file.seek(0)
+            image = Image.open(file, formats=IMAGE_FORMATS)
+            yield image, bits
+            if checked and image.format == "PNG":
+                _check_length(file, image)
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be decoded ({error}); replace or remove the file") from error
-    return image
+    except UnidentifiedImageError:
+        formats = ", ".join(IMAGE_FORMATS)
+        raise DataError(f"{path}: cannot be decoded (its head is none of {formats}); replace or remove the file") from None
+    except Exception as error:  # there is no kind of error that a damaged file cannot raise
+        raise DataError(f"{path}: cannot be decoded ({_reason(error)}); replace or remove the file") from error
+
+
+def _reason(error: Exception) -> str:
+    """An error of a library in a part of a line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(f"{type(error).__name__}: {text}".split())[:200]
+
+
+def _check_png(file: BinaryIO) -> int:
+    """Compares all checksums of a PNG file, of which Pillow leaves out those of the pixels, and returns its bits per channel.
+
+    8 for a file that is no PNG. Raises OSError.
+    """
+    if file.read(8) != b"\x89PNG\r\n\x1a\n":
+        return 8
+    bits, kind = 8, b""
+    while kind != b"IEND":
+        left, kind = struct.unpack(">I4s", _read_exactly(file, 8))
+        checksum = zlib.crc32(kind)
+        while left:
+            block = _read_exactly(file, min(left, 2**20))
+            checksum, left = zlib.crc32(block, checksum), left - len(block)
+            if kind == b"IHDR" and len(block) > 8:
+                bits = block[8]
+        if _read_exactly(file, 4) != checksum.to_bytes(4, "big"):
+            raise OSError(f"wrong checksum in chunk {kind!r}")
+    return bits
+
+
+def _check_length(file: BinaryIO, image: Image.Image) -> None:
+    """Raises OSError for a loaded PNG file whose pixels end early: Pillow leaves the rest of them 0, class 0 of a label map.
+
+    It needs all to be decompressed once more, and is done where the last row is 0 indeed, or not the last to come.
+    """
+    width, height = image.size
+    if not image.info.get("interlace") and np.asarray(image.crop((0, height - 1, width, height))).any():
+        return
+    file.seek(0)
+    content, at, compressed = file.read(), 8, b""
+    bits, kind, interlaced = content[24], content[25], content[28]
+    while at < len(content):
+        size = int.from_bytes(content[at : at + 4], "big")
+        compressed += content[at + 8 : at + 8 + size] if content[at + 4 : at + 8] == b"IDAT" else b""
+        at += 12 + size
+    bits *= {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]  # of a pixel
+    seven = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    needed = 0
+    for left, top, step_x, step_y in seven if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - left) // step_x), -(-(height - top) // step_y)
+        needed += rows * (1 + -(-columns * bits // 8)) if columns > 0 and rows > 0 else 0
+    if len(zlib.decompressobj().decompress(compressed, needed)) < needed:
+        raise OSError("its pixels end early")
+
+
+def _read_exactly(file: BinaryIO, size: int) -> bytes:
+    content = file.read(size)
+    if len(content) < size:
+        raise OSError("truncated PNG file")
+    return content
 
 
 class SegmentationDataset(torch.utils.data.Dataset):
@@ -325,13 +486,19 @@ class SegmentationDataset(torch.utils.data.Dataset):
         image, label = read_image(sample.image), read_label(sample.label, self.table)
         if image.size != label.size:
             sizes = f"{label.width}x{label.height} pixels, its image {sample.image} {image.width}x{image.height}"
+            with _opened(sample.image, checked=False) as (raw, _):
+                if raw.size == label.size:
+                    sizes += " after the quarter turn that its Exif orientation asks for: turn the label map too"
             raise DataError(f"{sample.label}: {sizes}; give both the same size")
         return image, label
 
     def read_instances(self, index: int) -> Tensor:
         """(H, W) int64 map of the single objects of a Cityscapes image: 1000 x train id + number, -1 elsewhere."""
         sample = self.samples[index]
-        values = np.array(_decode(sample.instances)).astype(np.int64)
+        with _opened(sample.instances) as (image, _):
+            turn = _turn(image)
+            image.load()
+            values = np.array(image if turn is None else image.transpose(turn)).astype(np.int64)
         if values.ndim != 2 or values.max(initial=0) >= 34000:
             raise DataError(f"{sample.instances}: no map of instances, of label id x 1000 + number; restore it, or remove it")
         train_ids = np.full(34, -1)

@@ -59,6 +59,7 @@ from model import MIN_SIZE, VARIANTS, CheckpointError, FastSCNN, build_from_chec
 from ops_ext import accelerate, confusion_matrix
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+MAX_SCALE, MAX_SIZE = 16, 2**16  # of --scales, and in pixels a side of --size and --window: beyond, a slip of the keyboard
 PAPER_SIZES = ((1024, 2048), (512, 1024), (256, 512))  # table 6
 PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
@@ -546,10 +547,6 @@ def run_evaluation(args: argparse.Namespace) -> dict:
         raise CheckpointError(
             f"{args.weights}: has other classes, such as {differing[0]}; choose the dataset it was trained on"
         )
-    if min(args.scales) <= 0:
-        raise UsageError(f"--scales are {' '.join(map(str, args.scales))}, expected factors above 0 such as 0.75 1.0 1.25")
-    if args.window and min(args.window) < MIN_SIZE:
-        raise UsageError(f"--window is {args.window[0]} {args.window[1]}, expected at least {MIN_SIZE} pixels each")
     if args.compare and (args.scales != [1.0] or args.flip or args.window):
         raise UsageError("--compare is of one scale; leave out --scales, --flip and --window")
     if args.submit and args.dataset != "cityscapes":
@@ -660,8 +657,6 @@ def latency_ms(segment: Callable[[Tensor], Tensor], images: Tensor, warmup: int,
 def run_benchmark(args: argparse.Namespace) -> dict:
     """Latency from an RGB uint8 image in memory to a uint8 label map in memory, warm-up apart."""
     sizes = [args.size] if args.size else PAPER_SIZES
-    if min(min(size) for size in sizes) < MIN_SIZE:
-        raise UsageError(f"--size is {args.size[0]} {args.size[1]}, expected at least {MIN_SIZE} pixels each")
     model = (
         build_from_checkpoint(read_checkpoint(args.weights), args.weights) if args.weights else FastSCNN(variant=args.variant)
     )
@@ -939,9 +934,28 @@ def main(argv: list[str] | None = None) -> None:
     args.data = args.data or f"datasets/{args.dataset}"
     if not args.weights and not args.benchmark:
         raise UsageError("--weights FILE is missing; train.py writes runs/checkpoints/best_model.pth")
-    for name, least in (("workers", 0), ("sheet_rows", 1), ("batch_size", 1), ("repeats", 1), ("warmup", 0)):
-        if getattr(args, name) < least:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
+    bounds = {
+        "workers": (0, 1024),
+        "sheet_rows": (1, 10**4),
+        "batch_size": (1, 10**6),
+        "repeats": (1, 10**6),
+        "warmup": (0, 10**6),
+    }
+    for name, (least, most) in bounds.items():
+        value = getattr(args, name)
+        if not least <= value <= most:
+            bound = f"at least {least}" if value < least else f"at most {most}"
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, expected {bound}")
+    if not all(0 < scale <= MAX_SCALE for scale in args.scales):  # nor is nan
+        raise UsageError(
+            f"--scales are {' '.join(map(str, args.scales))}, expected factors above 0, at most {MAX_SCALE}, such as 0.75 1.0 1.25"
+        )
+    for name in ("window", "size"):
+        sides = getattr(args, name)
+        if sides and min(sides) < MIN_SIZE:
+            raise UsageError(f"--{name} is {sides[0]} {sides[1]}, expected at least {MIN_SIZE} pixels each")
+        if sides and max(sides) > MAX_SIZE:
+            raise UsageError(f"--{name} is {sides[0]} {sides[1]}, expected at most {MAX_SIZE} pixels each")
     if args.sheet and Path(args.sheet).suffix.lower() not in Image.registered_extensions():
         raise UsageError(f"--sheet {args.sheet} has no suffix of an image format; give e.g. sheet.png")
     modes = {

@@ -18,9 +18,11 @@ Where the paper is silent, this is what was chosen:
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import pickle
 import re
+import stat
 import zipfile
 from dataclasses import dataclass
 
@@ -288,6 +290,8 @@ class FastSCNN(nn.Module):
             raise ValueError(f"num_classes is {num_classes}, expected at least 1")
         if variant not in VARIANTS:
             raise ValueError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout is {dropout}, expected a probability from 0 to 1")
         self.args = {"num_classes": num_classes, "variant": variant, "aux": aux, "dropout": dropout}
         choices = VARIANTS[variant]
         self.learning_to_downsample = LearningToDownsample(choices)
@@ -476,22 +480,24 @@ def _from_peer(tensors: dict[str, Tensor], path: str | os.PathLike) -> dict:
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """The dict that train.py saved at `path`, on the CPU, without unpickling code.
 
+    Its checksums are right, `model` (and `trained`, where it is there) fits `model_args` and is finite, and the entries that
+    train.py and eval.py read are of the types that they expect.
+
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is truncated, not a checkpoint, or a checkpoint of something else.
+        PermissionError: it may not be read.
+        CheckpointError: the file is truncated, damaged, not a checkpoint, or a checkpoint of something else.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        own = isinstance(checkpoint, dict) and {"model", "model_args"} <= checkpoint.keys()
-        if own and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-                if damaged := archive.testzip():
-                    raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):  # a pipe would wait for who writes to it
+            what = "a folder; give the path of a .pth file in it" if stat.S_ISDIR(mode) else "no regular file; give a .pth file"
+            raise CheckpointError(f"{path}: is {what}")
+        zipped = _check_archive(path)
+        return _checked(torch.load(path, map_location="cpu", weights_only=True), zipped, path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint; give the path of a .pth file that train.py wrote") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{path}: is a folder; give the path of a .pth file in it") from None
-    except PermissionError:
+    except (CheckpointError, PermissionError):
         raise
     except Exception as error:  # there is no kind of error that a damaged pickle cannot raise
         forbidden = re.search(r"GLOBAL ([\w.]+\w)", str(error))
@@ -502,14 +508,182 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         reason = "not the plain tensors of a checkpoint" if isinstance(error, pickle.UnpicklingError) else f"{error!r:.100}"
         reason = " ".join(reason.split())
         raise CheckpointError(f"{path}: damaged, truncated or no checkpoint ({reason}); take another file") from error
-    if own:
+
+
+def _checked(checkpoint: object, zipped: bool, path: str | os.PathLike) -> dict:
+    """What a file holds, if it is a checkpoint; one that is made of a peer's weights."""
+    if isinstance(checkpoint, dict) and {"model", "model_args"} <= checkpoint.keys():
+        if not zipped:
+            raise CheckpointError(f"{path}: is in torch's old format, which has no checksums; save it again with torch.save")
+        _check_entries(checkpoint, path)
         return checkpoint
     for wrapping in ("state_dict", "model"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapping), dict):
             checkpoint = checkpoint[wrapping]
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: holds {type(checkpoint).__name__}, expected a checkpoint or a state dict")
-    return _from_peer({str(name): value for name, value in checkpoint.items() if isinstance(value, Tensor)}, path)
+    tensors = {str(name): value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+    _check_tensors("it", tensors, path)
+    return _from_peer(tensors, path)
+
+
+def _check_archive(path: str | os.PathLike) -> bool:
+    """Whether a file is a zip archive, as torch.save writes it; its checksums, which torch.load leaves out, are compared.
+
+    Raises CheckpointError, and what zipfile raises, for one that is damaged or takes more memory than its own size.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        size = sum(entry.file_size for entry in entries)
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or size > os.path.getsize(path):
+            raise CheckpointError(f"{path}: is compressed, which torch.save never does; take another file")
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise zipfile.BadZipFile("two entries of one name")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+    return True
+
+
+def _check_tensors(what: str, tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Raises CheckpointError for a tensor that is not dense, or holds what is no finite number in float32."""
+    for name, tensor in tensors.items():
+        dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in _DTYPES
+        # A tensor of strides 0 may be larger than the file that it came in.
+        if not dense or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise CheckpointError(f"{path}: {what} holds {name:.60}, which is no dense tensor of numbers; take another file")
+        finite = not tensor.is_floating_point() or tensor.float().isfinite().all()
+        if not finite or (name.endswith("running_var") and (tensor < 0).any()):
+            problem = "below 0" if finite else "no finite numbers"
+            raise CheckpointError(f"{path}: {what} holds {name:.60} with values that are {problem}; take another file")
+
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def _is_state(value: object) -> bool:
+    return _is_dict(value) and all(isinstance(each, Tensor) for each in value.values())
+
+
+def _are_classes(value: object) -> bool:
+    """Whether a dict holds the fields of data.Classes."""
+    if not _is_dict(value) or not all(isinstance(value.get(key), list) for key in ("names", "colours", "categories")):
+        return False
+    texts = [*value["names"], *value["categories"]]
+    return (
+        all(isinstance(text, str) and text.isprintable() for text in texts)
+        and len(value["colours"]) == len(value["names"])
+        and len(value["categories"]) in (0, len(value["names"]))
+        and all(isinstance(colour, list) and len(colour) == 3 for colour in value["colours"])
+        and all(type(level) is int and 0 <= level <= 255 for colour in value["colours"] for level in colour)
+    )
+
+
+def _is_optimizer_state(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("state"), dict):
+        return False
+    numbered = all(type(key) is int and _is_dict(each) for key, each in value["state"].items())
+    return numbered and isinstance(value.get("param_groups"), list)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_tally(value: object) -> bool:
+    """Whether a dict holds what train.py counts between two lines of its log."""
+    if not _is_dict(value) or not _is_count(value.get("steps")):
+        return False
+    sums, skipped = value.get("loss_sums"), value.get("skipped")
+    return (
+        isinstance(sums, Tensor)
+        and sums.ndim == 1
+        and sums.is_floating_point()
+        and isinstance(skipped, Tensor)
+        and skipped.dtype == torch.int64
+        and skipped.shape == (4,)
+    )
+
+
+def _is_scaler_state(value: object) -> bool:
+    """Whether a dict is what torch.amp.GradScaler saves, which is nothing where it is off."""
+    keys = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+    return value == {} or (_is_dict(value) and value.keys() == keys and all(map(_is_number, value.values())))
+
+
+def _are_flags(value: object) -> bool:
+    """Whether a dict holds of train.py's flags those that resuming looks at."""
+    texts = _is_dict(value) and isinstance(value.get("data"), str) and isinstance(value.get("amp", ""), str)
+    return texts and _is_count(value.get("epochs")) and value["epochs"] > 0
+
+
+# What each entry of a checkpoint has to be, in words and as a test; all but the first two may be missing.
+_ENTRIES = {
+    "model": ("a state dict", _is_state),
+    "model_args": ("the arguments of FastSCNN", _is_dict),
+    "trained": ("a state dict", _is_state),
+    "classes": ("names, an RGB for each, and categories", _are_classes),
+    "epoch": ("a number of epochs", _is_count),
+    "steps": ("a number of steps", _is_count),
+    "steps_per_epoch": ("a number of steps", lambda value: _is_count(value) and value > 0),
+    "averaged_steps": ("a number of steps", _is_count),
+    "world_size": ("a number of processes", lambda value: _is_count(value) and value > 0),
+    "tally": ("sums of losses and counts of steps", _is_tally),
+    "optimizer": ("an optimiser's state", _is_optimizer_state),
+    "scaler": ("the state of a GradScaler", _is_scaler_state),
+    "best_miou": ("a number", _is_number),
+    "validated": ("true or false", lambda value: isinstance(value, bool)),
+    "args": ("the flags of a training run", _are_flags),
+}
+
+
+def _check_entries(checkpoint: dict, path: str | os.PathLike) -> None:
+    """Raises CheckpointError where an own checkpoint holds what nobody saved there."""
+    for name, (expected, fits) in _ENTRIES.items():
+        if name in checkpoint and not fits(checkpoint[name]):
+            raise CheckpointError(
+                f"{path}: entry {name} of type {type(checkpoint[name]).__name__}, expected {expected}; take another file"
+            )
+    args, classes = checkpoint["model_args"], checkpoint.get("classes")
+    types = {"num_classes": int, "variant": str, "aux": bool, "dropout": float}
+    for name, value in args.items():
+        if name in types and type(value) is not types[name] and not (name == "dropout" and type(value) is int):
+            kind = f"{type(value).__name__}, expected {types[name].__name__}"
+            raise CheckpointError(f"{path}: does not fit this network ({name} is of type {kind}); take another file")
+
+    def kind(tensor: Tensor) -> tuple:
+        return tuple(tensor.shape), tensor.is_floating_point()
+
+    states = [checkpoint["model"], *([checkpoint["trained"]] if "trained" in checkpoint else [])]
+    for state in states:
+        _check_tensors("the network", state, path)
+        try:
+            with torch.device("meta"):  # sizes alone: whatever model_args say, nothing larger than the file is made
+                wanted = {name: kind(tensor) for name, tensor in FastSCNN(**args).state_dict().items()}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise _misfit(error, path) from error
+        differing = [name for name in {**wanted, **state} if name not in state or wanted.get(name) != kind(state[name])]
+        if differing:
+            raise _misfit(f"{len(differing)} entries differ, such as {differing[0]:.60}", path)
+    count = len(checkpoint["model"]["classifier.conv.bias"])
+    if classes is not None and len(classes["names"]) != count:
+        raise CheckpointError(f"{path}: names {len(classes['names'])} classes, but its network has {count}; take another file")
+    for each in checkpoint.get("optimizer", {}).get("state", {}).values():
+        _check_tensors("the optimiser", {name: value for name, value in each.items() if isinstance(value, Tensor)}, path)
+
+
+def _misfit(error: Exception | str, path: str | os.PathLike) -> CheckpointError:
+    reason = " ".join(str(error).split())
+    return CheckpointError(f"{path}: does not fit this network ({reason[:200]}); take another file")
 
 
 def load_weights(path: str | os.PathLike, num_classes: int | None = None, *, new_head: bool = False) -> FastSCNN:
@@ -536,8 +710,7 @@ def build_from_checkpoint(
         model = FastSCNN(**checkpoint["model_args"])
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: does not fit this network ({reason[:200]}); take another file") from error
+        raise _misfit(error, path) from error
     found = model.args["num_classes"]
     if num_classes is not None and found != num_classes:
         if not new_head:

@@ -299,7 +299,7 @@ def _cross_entropy_backward(ctx, loss_grad, _total_grad, _grad_grad):
 
 def confusion_matrix_reference(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
     """`confusion_matrix` in plain PyTorch."""
-    valid = target != ignore_index
+    valid = target.long() != ignore_index  # beside uint8 PyTorch takes the number modulo 256: -100 would be label 156
     truth, guess = target[valid].long(), prediction[valid].long()
     _check_range("target", truth, num_classes)
     _check_range("prediction", guess, num_classes)

@@ -1,8 +1,13 @@
 """Images and labels are found, read, checked and augmented together; every process gets its share and no more."""
 
+import io
 import json
 import os
 import pickle
+import socket
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +16,7 @@ import torch
 from PIL import Image
 
 import data
+from conftest import ROOT
 from data import (
     CAMVID,
     CITYSCAPES,
@@ -27,6 +33,7 @@ from data import (
     open_dataset,
     read_image,
     read_label,
+    read_size,
 )
 
 PLAIN = {"scale_range": (1.0, 1.0), "flip": False, "brightness": 0.0, "channel_noise": 0.0}
@@ -87,11 +94,50 @@ def test_folder_may_choose_what_is_ignored(folder_dataset):
         ('{"names": []}', "0 names"),
         ('{"names": ["a"], "colours": [[1, 2]]}', "an RGB each"),
         ('{"names": ["a"], "ignore": 300}', "between 0 and 255"),
+        ("", "not the expected JSON"),
+        ("[" * 100_000, "not the expected JSON .RecursionError"),
+        ('{"names": ["a"], "ignore": Infinity}', "between 0 and 255"),
+        ('{"names": ["a"], "ignore": true}', "between 0 and 255"),
+        ('{"names": ["a"], "ignore": null}', "between 0 and 255"),
+        ('{"names": ["a"], "ignore": %s}' % ("9" * 5000), "not the expected JSON"),
+        ('{"names": ["a"], "colours": [[0.5, 1, 2]]}', "whole numbers that lie between 0 and 255"),
+        ('{"names": ["a"], "colours": [[NaN, 1, 2]]}', "whole numbers"),
+        ('{"names": ["a"], "colours": [[true, 1, 2]]}', "whole numbers"),
+        ('{"names": ["a"], "colours": ["abc"]}', "colours must be lists"),
+        ('{"names": ["a"], "colours": 0}', "colours must be lists"),
+        ('{"names": "abc"}', "names must be a list of printable strings"),
+        ('{"names": ["a", 1]}', "names must be a list of printable strings"),
+        ('{"names": ["a", " "]}', "names must be a list of printable strings"),
+        ('{"names": ["a\\nb"]}', "names must be a list of printable strings"),
+        ('{"names": ["\\ud800"]}', "names must be a list of printable strings"),
+        ('{"names": ["a", "b", "a"]}', "two classes are called 'a'"),
+        ('{"names": ["a"], "colors": [[1, 2, 3]]}', "unknown are 'colors'"),
+        ('{"names": ["a"]}' + " " * 2**20, "more than 1.0 MiB"),
+        (b'{"names": ["\xff"]}', "not the expected JSON .UnicodeDecodeError"),
     ],
 )
-def test_bad_class_file_is_named(folder_dataset, content, message):
-    (folder_dataset / "classes.json").write_text(content)
-    with pytest.raises(DataError, match=f"classes.json: .*{message}"):
+def test_bad_class_file_is_named_in_one_line(folder_dataset, content, message):
+    (folder_dataset / "classes.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=f"classes.json: .*{message}") as caught:
+        open_dataset("folder", folder_dataset, "train")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_class_file_with_a_byte_order_mark_is_read(folder_dataset):
+    content = '{"names": ["left", "middle", "right"]}'.encode("utf-8-sig")
+    (folder_dataset / "classes.json").write_bytes(content)
+    assert open_dataset("folder", folder_dataset, "train").classes.names == ("left", "middle", "right")
+
+
+def test_class_file_that_is_a_folder_or_a_pipe_is_named(folder_dataset):
+    path = folder_dataset / "classes.json"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match="classes.json: is a folder"):
+        open_dataset("folder", folder_dataset, "train")
+    path.rmdir()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="classes.json: is no regular file"):  # and does not wait for who writes to it
         open_dataset("folder", folder_dataset, "train")
 
 
@@ -169,6 +215,296 @@ def test_truncated_png_is_named(folder_dataset, kind):
         path.write_bytes(content[:length])
         with pytest.raises(DataError, match=f"{kind}/train/0.png: cannot be decoded"):
             dataset[0]
+
+
+def test_no_flipped_bit_of_a_png_is_taken_for_right(tmp_path):
+    # Pillow leaves out the checksums of the pixels: of these bits some gave other labels in silence.
+    label = np.zeros((48, 64), np.uint8)
+    label[:, :20], label[10:20] = 1, 2
+    Image.fromarray(label).save(tmp_path / "label.png")
+    content, table = (tmp_path / "label.png").read_bytes(), data.label_table({i: i for i in range(3)}, (255,))
+    path = tmp_path / "flipped.png"
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        for read in (read_image, lambda path: read_label(path, table)):
+            with pytest.raises(DataError, match=r"flipped.png: cannot be decoded"):
+                read(path)
+
+
+def test_a_png_with_more_behind_its_end_is_read_and_one_without_an_end_is_not(tmp_path):
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(tmp_path / "x.png")
+    content = (tmp_path / "x.png").read_bytes()
+    (tmp_path / "x.png").write_bytes(content + b"more")
+    assert read_image(tmp_path / "x.png").getpixel((3, 3)) == (1, 2, 3)
+    (tmp_path / "x.png").write_bytes(content[:-12])
+    with pytest.raises(DataError, match="x.png: cannot be decoded .OSError: truncated PNG file"):
+        read_image(tmp_path / "x.png")
+
+
+def png(values, bits, kind=0):
+    """A PNG file by its standard; Pillow writes no grey of 2 or 4 bits and no colour of 16."""
+    values = np.asarray(values)
+    shifts = np.arange(bits)[::-1]
+    rows = np.packbits((values[..., None] >> shifts & 1).reshape(len(values), -1).astype(np.uint8), axis=1)
+    head = values.shape[1].to_bytes(4, "big") + values.shape[0].to_bytes(4, "big") + bytes([bits, kind, 0, 0, 0])
+    lines = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    chunks = [name + body for name, body in ((b"IHDR", head), (b"IDAT", lines), (b"IEND", b""))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") for chunk in chunks
+    )
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("size", [(8, 8), (9, 8), (1, 1), (3, 5)])
+def test_a_png_of_too_few_pixels_is_refused_rather_than_filled_with_class_0(tmp_path, size, interlaced):
+    # Its checksums are right; Pillow leaves the rows that do not come black.
+    height, width = size
+    starts = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    passes = [range(x, width, dx) and (len(range(y, height, dy)), len(range(x, width, dx))) for x, y, dx, dy in starts]
+    passes = [each for each in passes if each and each[0]] if interlaced else [(height, width)]
+    for value in (0, 3):
+        lines = [b"\0" + bytes([value]) * columns for rows, columns in passes for _ in range(rows)]
+        for there in range(len(lines) + 1):
+            head = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, interlaced])
+            chunks = (head, b"IDAT" + zlib.compress(b"".join(lines[:there])), b"IEND")
+            content = [(len(c) - 4).to_bytes(4, "big") + c + zlib.crc32(c).to_bytes(4, "big") for c in chunks]
+            (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(content))
+            if there == len(lines):
+                assert (np.array(read_label(tmp_path / "x.png", bytes(range(256)))) == value).all()
+                continue
+            for read in (read_image, lambda path: read_label(path, bytes(range(256)))):
+                with pytest.raises(DataError, match=r"x.png: cannot be decoded"):
+                    read(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_grey_label_map_of_few_bits_is_refused_rather_than_scaled(tmp_path, bits):
+    # Pillow reads them as shades of grey: class 1 of 4 bits would be 17, another class.
+    (tmp_path / "x.png").write_bytes(png(np.eye(8, dtype=int), bits))
+    table = data.label_table({i: i for i in range(100)}, (255,))
+    with pytest.raises(DataError, match=r"x.png: label map of (mode 1|[24] bits)"):
+        read_label(tmp_path / "x.png", table)
+    (tmp_path / "x.png").write_bytes(png(np.eye(8, dtype=int), 8))
+    assert (np.array(read_label(tmp_path / "x.png", table)) == np.eye(8)).all()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".ppm"])
+def test_a_label_map_in_a_format_that_changes_values_is_refused(tmp_path, suffix):
+    Image.new("L", (40, 40), 3).save(tmp_path / f"x{suffix}")
+    with pytest.raises(DataError, match="which does not keep class ids; save it as PNG"):
+        read_label(tmp_path / f"x{suffix}", bytes(256))
+
+
+@pytest.mark.parametrize("mode", ["1", "RGB", "RGBA", "LA", "I;16"])
+def test_label_maps_of_other_modes_are_named(tmp_path, mode):
+    Image.new(mode, (40, 40)).save(tmp_path / "x.png")
+    with pytest.raises(DataError, match=f"x.png: label map of mode {mode}"):
+        read_label(tmp_path / "x.png", bytes(256))
+
+
+def test_16_bit_colour_is_refused_too(tmp_path):
+    content = png(np.full((8, 3 * 8), 40000), 16, kind=2)  # 24 numbers a row, of 8 pixels
+    head = b"IHDR" + (8).to_bytes(4, "big") * 2 + bytes([16, 2, 0, 0, 0])
+    content = content[:12] + head + zlib.crc32(head).to_bytes(4, "big") + content[33:]
+    (tmp_path / "x.png").write_bytes(content)
+    assert Image.open(tmp_path / "x.png").mode == "RGB"  # Pillow would keep the upper half of each value
+    with pytest.raises(DataError, match="x.png: image of mode RGB, expected 8 bits per channel"):
+        read_image(tmp_path / "x.png")
+
+
+def test_modes_become_rgb_without_their_transparency(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    grey, clear = np.stack([rgb[..., 0]] * 3, -1), np.zeros((20, 30, 1), np.uint8)
+    palette, index = rgb[0, :8], rgb[..., 0] % 8
+    paletted = Image.frombytes("P", (30, 20), index.tobytes())
+    paletted.putpalette(palette.tobytes())
+    cases = (
+        (Image.fromarray(rgb), {}, rgb),
+        (Image.fromarray(rgb), {"transparency": tuple(rgb[0, 0].tolist())}, rgb),
+        (Image.fromarray(np.concatenate([rgb, clear], -1)), {}, rgb),
+        (Image.fromarray(rgb[..., 0]), {}, grey),
+        (Image.fromarray(np.concatenate([grey[..., :1], clear], -1), "LA"), {}, grey),
+        (paletted, {}, palette[index]),
+        (paletted, {"transparency": bytes(8)}, palette[index]),
+        (paletted, {"transparency": 3}, palette[index]),
+        (Image.fromarray(rgb[..., 0] > 127), {}, np.where(grey > 127, 255, 0)),
+    )
+    for image, options, expected in cases:
+        image.save(tmp_path / "x.png", **options)
+        assert np.array_equal(np.array(read_image(tmp_path / "x.png")), expected), (image.mode, options)
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "x.jpg")
+    assert read_image(tmp_path / "x.jpg").mode == "RGB"
+
+
+# Where the first row and the first column of the file are shown, by the Exif standard's words.
+SHOWN = {
+    1: lambda a: a,  # top, left
+    2: lambda a: a[:, ::-1],  # top, right
+    3: lambda a: a[::-1, ::-1],  # bottom, right
+    4: lambda a: a[::-1],  # bottom, left
+    5: lambda a: a.swapaxes(0, 1),  # left, top
+    6: lambda a: a.swapaxes(0, 1)[:, ::-1],  # right, top
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),  # right, bottom
+    8: lambda a: a.swapaxes(0, 1)[::-1],  # left, bottom
+}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+@pytest.mark.parametrize("orientation", SHOWN)
+def test_images_are_turned_as_viewers_turn_them(tmp_path, orientation, suffix):
+    rgb = np.random.default_rng(0).integers(0, 256, (2, 3, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"x{suffix}"
+    Image.fromarray(rgb).save(path, exif=exif, quality=100, **({"lossless": True} if suffix == ".webp" else {}))
+    image, expected = read_image(path), SHOWN[orientation](rgb)
+    assert np.abs(np.array(image).astype(int) - expected).mean() < (8 if suffix == ".jpg" else 1e-9)
+    assert read_size(path) == image.size == expected.shape[1::-1]
+
+
+def test_an_orientation_behind_the_pixels_or_in_disorder_turns_nothing(tmp_path):
+    Image.new("RGB", (40, 48)).save(tmp_path / "x.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert read_image(tmp_path / "x.jpg").size == read_size(tmp_path / "x.jpg") == (40, 48)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 48)).save(tmp_path / "x.png", exif=exif)
+    content = (tmp_path / "x.png").read_bytes()
+    start = content.index(b"eXIf") - 4
+    size = 12 + int.from_bytes(content[start : start + 4], "big")
+    moved = content[:start] + content[start + size : -12] + content[start : start + size] + content[-12:]
+    (tmp_path / "x.png").write_bytes(moved)
+    assert read_image(tmp_path / "x.png").size == read_size(tmp_path / "x.png") == (40, 48)
+
+
+def test_a_label_map_that_fits_the_unturned_image_alone_is_named(folder_dataset):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image, label = folder_dataset / "images/train/0.png", folder_dataset / "labels/train/0.png"
+    Image.open(image).save(image, exif=exif)
+    dataset = open_dataset("folder", folder_dataset, "train")
+    with pytest.raises(DataError, match=r"0.png: 64x48 pixels, its image .*0.png 48x64 after the quarter turn that its Exif"):
+        dataset[0]
+    turned = Image.open(label).transpose(Image.Transpose.ROTATE_270)
+    turned.save(label)
+    pixels, labels = dataset[0]
+    assert pixels.shape == (64, 48, 3) and labels.shape == (64, 48)
+    assert dataset.sizes()[0].tolist() == [64, 48] and labels[0].tolist() == [0] * 48
+    Image.open(label).transpose(Image.Transpose.ROTATE_90).save(label, exif=exif)  # with its image's Exif data
+    assert torch.equal(dataset[0][1], labels)
+    assert (RamCache(dataset)[0][1] == labels.numpy()).all()
+
+
+def test_what_is_no_regular_file_is_named_and_nothing_waits(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    server = socket.socket(socket.AF_UNIX)
+    here = os.getcwd()
+    os.chdir(tmp_path)  # a socket's path may have some 100 characters alone
+    try:
+        server.bind("socket.png")
+    finally:
+        os.chdir(here)
+    messages = {"pipe": "no regular file", "device": "no regular file", "socket": "no regular file", "folder": "a folder"}
+    for name, message in {**messages, "loop": "Too many levels of symbolic links"}.items():
+        for read in (read_image, read_size, lambda path: read_label(path, bytes(256))):
+            with pytest.raises(DataError, match=f"{name}.png: .*{message}"):
+                read(tmp_path / f"{name}.png")
+    server.close()
+
+
+def test_listings_pass_over_folders_and_name_links_that_lead_nowhere(folder_dataset):
+    for kind in ("images", "labels"):
+        (folder_dataset / kind / "train/more.png").mkdir()
+        (folder_dataset / kind / "train/again").symlink_to(folder_dataset / kind)  # a loop
+    assert len(open_dataset("folder", folder_dataset, "train")) == 2
+    for kind in ("images", "labels"):
+        (folder_dataset / kind / "train/2.png").symlink_to("nowhere.png")
+    dataset = open_dataset("folder", folder_dataset, "train")
+    assert len(dataset) == 3
+    with pytest.raises(DataError, match=r"images/train/2.png: no such file"):
+        dataset[2]
+
+
+@pytest.mark.parametrize("name", ["a b.png", "ä 道.png", os.fsdecode(b"raw \xff.png"), "%s{}.png", "-x.png"])
+def test_names_of_all_kinds_are_read_and_named(folder_dataset, name):
+    for kind in ("images", "labels"):
+        os.rename(folder_dataset / kind / "train/1.png", folder_dataset / kind / "train" / name)
+    dataset = open_dataset("folder", folder_dataset, "train")
+    index = next(i for i, sample in enumerate(dataset.samples) if sample.image.name == name)
+    assert dataset[index][0].shape == (48, 64, 3)
+    (folder_dataset / "labels/train" / name).write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        dataset[index]
+    assert str(folder_dataset / "labels/train" / name) in str(caught.value)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
+    (tmp_path / "x.png").chmod(0)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    user = os.geteuid()
+    if user == 0:  # may read everything
+        os.seteuid(65534)
+    try:
+        with pytest.raises(DataError, match="x.png: cannot be decoded .PermissionError"):
+            read_image(tmp_path / "x.png")
+    finally:
+        os.seteuid(user)
+
+
+def test_other_formats_than_the_five_are_refused_whatever_the_name(tmp_path):
+    # Of Pillow's other readers some start programs (EPS: Ghostscript), and all of them are code that a file could reach.
+    for kind in ("GIF", "TIFF", "ICO", "EPS"):
+        Image.new("RGB", (40, 40)).save(tmp_path / "x.png", kind)
+        with pytest.raises(DataError, match="x.png: cannot be decoded .its head is none of PNG, JPEG, BMP, PPM, WEBP"):
+            read_image(tmp_path / "x.png")
+
+
+def test_a_decompression_bomb_is_refused_and_a_large_picture_is_not(tmp_path, monkeypatch):
+    Image.new("L", (2000, 1000)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_001)
+    assert read_image(tmp_path / "x.png").size == (2000, 1000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 999_999)  # twice that is the limit
+    for read in (read_image, read_size):
+        with pytest.raises(DataError, match="x.png: cannot be decoded .DecompressionBombError"):
+            read(tmp_path / "x.png")
+
+
+def test_pillow_warns_of_nothing_that_is_right(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from PIL import Image
+import data
+image = Image.new("P", (40, 40))
+image.putpalette(bytes(range(48)))
+image.save("p.png", transparency=bytes(range(16)))
+Image.new("RGB", (40, 40)).save("exif.jpg", exif=b"Exif\\0\\0II*\\0\\x08\\0\\0\\0\\xff\\xff" + b"\\1\\1\\4\\0\\xff\\xff\\xff\\x0f" * 4)
+Image.new("RGB", (1200, 1000)).save("large.png")
+Image.MAX_IMAGE_PIXELS = 1_000_000
+for name in ("p.png", "exif.jpg", "large.png"):
+    print(data.read_image(name).size, data.read_size(name))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == ["(40, 40) (40, 40)"] * 2 + ["(1200, 1000) (1200, 1000)"] and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "kind, options", [("JPEG", {}), ("JPEG", {"progressive": True}), ("BMP", {}), ("PPM", {}), ("WEBP", {})]
+)
+def test_other_formats_cut_short_are_named(tmp_path, kind, options):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)).save(buffer, kind, **options)
+    path = tmp_path / "x.bmp"
+    for length in (0, 1, 10, 30, len(buffer.getvalue()) // 2, len(buffer.getvalue()) - 20):
+        path.write_bytes(buffer.getvalue()[:length])
+        with pytest.raises(DataError, match="x.bmp: cannot be decoded"):
+            read_image(path)
 
 
 # ---------------------------------------------------------------------------------------------------------- augmentation

@@ -3,12 +3,13 @@
 import math
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model import CheckpointError, DSConv, FastSCNN, FeatureFusion, PyramidPooling, load_weights
+from model import CheckpointError, DSConv, FastSCNN, FeatureFusion, PyramidPooling, load_weights, read_checkpoint
 from train import keep_freed_memory
 
 
@@ -226,3 +227,164 @@ def test_checkpoint_cannot_run_code(tmp_path):
     with pytest.raises(CheckpointError, match="x.pth"):
         load_weights(tmp_path / "x.pth")
     assert not (tmp_path / "harm").exists()
+
+
+def test_checksums_are_compared_before_anything_is_unpickled(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "a.pth")
+    content = bytearray((tmp_path / "a.pth").read_bytes())
+    content[content.index(b"model_args")] ^= 1
+    (tmp_path / "a.pth").write_bytes(content)
+    monkeypatch.setattr(torch, "load", lambda *_args, **_options: pytest.fail("was unpickled"))
+    with pytest.raises(CheckpointError, match="a.pth: damaged, .*wrong checksum of .*data.pkl"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_compressed_and_doubled_entries_are_refused(tmp_path):
+    save_checkpoint(tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(CheckpointError, match=r"b.pth: is compressed, which torch.save never does"):
+        read_checkpoint(tmp_path / "b.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth", "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr(next(iter(entries)), b"another")
+    with pytest.raises(CheckpointError, match=r"a.pth: damaged, .*two entries of one name"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_an_own_checkpoint_in_the_old_format_is_refused(tmp_path):
+    model = FastSCNN(3)
+    content = {"model": model.state_dict(), "model_args": model.args}
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"a.pth: is in torch's old format, which has no checksums"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_checkpoints_that_are_no_regular_file_are_named_and_nothing_waits(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pth")
+    for path in (tmp_path / "pipe.pth", "/dev/zero"):
+        with pytest.raises(CheckpointError, match=f"{path}: is no regular file"):
+            read_checkpoint(path)
+
+
+CLASSES = {"names": ["a", "b", "c"], "colours": [[0, 0, 0]] * 3, "categories": []}
+STATE = {"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": []}
+SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
+TRAINING = {
+    "classes": CLASSES,
+    "epoch": 3,
+    "optimizer": STATE,
+    "scaler": SCALER,
+    "best_miou": -1.0,
+    "validated": False,
+    "args": {"data": "x", "epochs": 3, "amp": "off"},
+    "steps": 5,
+    "steps_per_epoch": 7,
+    "averaged_steps": 19,
+    "world_size": 2,
+    "tally": {"loss_sums": torch.zeros(2), "steps": 5, "skipped": torch.zeros(4, dtype=torch.int64)},
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": []},
+        {"model": {"x": 1}},
+        {"model": {1: torch.zeros(1)}},
+        {"model_args": None},
+        {"model_args": {"num_classes": 3.0}},
+        {"model_args": {"num_classes": True}},
+        {"model_args": {"num_classes": 10**12}},
+        {"model_args": {"num_classes": -1}},
+        {"model_args": {"num_classes": 3, "variant": ["paper"]}},
+        {"model_args": {"num_classes": 3, "dropout": math.nan}},
+        {"model_args": {"num_classes": 3, "dropout": "0.1"}},
+        {"model_args": {"num_classes": 3, "aux": "no"}},
+        {"classes": None},
+        {"classes": ["a", "b", "c"]},
+        {"classes": {**CLASSES, "names": "abc"}},
+        {"classes": {**CLASSES, "names": ["a", "b"]}},
+        {"classes": {"names": ["a", "b"], "colours": [[0, 0, 0]] * 2, "categories": []}},
+        {"classes": {**CLASSES, "names": ["a", "b", 3]}},
+        {"classes": {**CLASSES, "colours": [[0, 0]] * 3}},
+        {"classes": {**CLASSES, "colours": [[0, 0, 300]] * 3}},
+        {"classes": {**CLASSES, "colours": [[0, 0, math.nan]] * 3}},
+        {"classes": {**CLASSES, "categories": ["a"]}},
+        {"classes": {"names": ["a", "b", "c"]}},
+        {"epoch": "3"},
+        {"epoch": math.inf},
+        {"epoch": -1},
+        {"epoch": True},
+        {"optimizer": None},
+        {"optimizer": {"state": [], "param_groups": []}},
+        {"optimizer": {"state": {"0": {}}, "param_groups": []}},
+        {"optimizer": {"state": {0: {"momentum_buffer": torch.tensor([math.nan])}}, "param_groups": []}},
+        {"scaler": 1},
+        {"scaler": {"scale": 1.0}},
+        {"scaler": {**SCALER, "scale": math.nan}},
+        {"best_miou": None},
+        {"best_miou": math.nan},
+        {"validated": 1},
+        {"args": None},
+        {"args": {"epochs": 3}},
+        {"args": {"data": "x", "epochs": "3"}},
+        {"args": {"data": "x", "epochs": 0}},
+        {"args": {"data": "x", "epochs": 3, "amp": []}},
+        {"steps": -1},
+        {"steps": 1.5},
+        {"steps_per_epoch": 0},
+        {"averaged_steps": None},
+        {"world_size": 0},
+        {"tally": 1},
+        {"tally": {"loss_sums": torch.zeros(2), "steps": 5, "skipped": torch.zeros(4)}},
+        {"tally": {"loss_sums": [0.0], "steps": 5, "skipped": torch.zeros(4, dtype=torch.int64)}},
+        {"trained": {}},
+        {"trained": 3},
+    ],
+)
+def test_entries_of_wrong_types_are_refused_in_one_line(tmp_path, changes):
+    save_checkpoint(tmp_path / "a.pth", **TRAINING)
+    assert read_checkpoint(tmp_path / "a.pth")["epoch"] == 3
+    save_checkpoint(tmp_path / "a.pth", **{**TRAINING, **changes})
+    with pytest.raises(CheckpointError, match=r"a.pth: ") as caught:
+        load_weights(tmp_path / "a.pth")
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "name, tensor, message",
+    [
+        ("classifier.conv.bias", torch.tensor([0, math.nan, 0]), "no finite numbers"),
+        ("classifier.conv.bias", torch.tensor([0, math.inf, 0]), "no finite numbers"),
+        ("classifier.conv.bias", torch.tensor([0, 1e300, 0], dtype=torch.float64), "no finite numbers"),  # infinite in float32
+        ("classifier.conv.bias", torch.zeros(3, dtype=torch.int64), "does not fit"),
+        ("classifier.conv.bias", torch.zeros(3, dtype=torch.complex64), "no dense tensor"),
+        ("classifier.conv.bias", torch.zeros(3, dtype=torch.bool), "no dense tensor"),
+        ("classifier.conv.bias", torch.zeros(3).to_sparse(), "no dense tensor"),
+        ("classifier.conv.bias", torch.zeros(3, device="meta"), "no dense tensor"),
+        ("classifier.conv.bias", torch.zeros(1).expand(2**40), "no dense tensor"),  # 4 TiB out of 4 bytes
+        ("classifier.conv.bias", torch.zeros(()), "does not fit"),
+        ("learning_to_downsample.conv.bn.running_var", torch.full((32,), -1.0), "below 0"),
+        ("one.more", torch.zeros(1), "does not fit"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(tmp_path, name, tensor, message):
+    model = FastSCNN(3)
+    torch.save({"model": {**model.state_dict(), name: tensor}, "model_args": model.args}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=f"a.pth: .*{message}"):
+        load_weights(tmp_path / "a.pth")
+
+
+def test_weights_of_others_that_are_no_finite_numbers_are_refused(tmp_path):
+    torch.save({"state_dict": {"weight": torch.tensor([math.nan])}}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"x.pth: it holds weight with values that are no finite numbers"):
+        load_weights(tmp_path / "x.pth")
+
+
+def test_a_dropout_that_is_no_probability_is_refused():
+    for dropout in (math.nan, -0.1, 1.1):
+        with pytest.raises(ValueError, match=f"dropout is {dropout}, expected a probability"):
+            FastSCNN(3, dropout=dropout)

@@ -104,6 +104,15 @@ def test_confusion_matrix_counts_by_hand():
     assert confusion_matrix(prediction, target, 3).dtype == torch.int64
 
 
+@pytest.mark.parametrize("ignore_index", [-100, 256, 2**31])
+def test_an_ignored_number_that_no_byte_holds_ignores_nothing(ignore_index):
+    # PyTorch compares uint8 with a number modulo 256, by which label 156, or 0, would not count.
+    labels = torch.tensor([0, 156, 156, 3], dtype=torch.uint8)
+    for each in (confusion_matrix, confusion_matrix_reference):
+        counts = each(labels, labels, 200, ignore_index)
+        assert counts.sum() == 4 and counts.diagonal()[[0, 3, 156]].tolist() == [1, 1, 2]
+
+
 @pytest.mark.parametrize(
     "prediction, target, message",
     [
