@@ -1513,8 +1513,9 @@ def resume(run: Run, path: Path, checkpoint: dict, steps_per_epoch: int) -> tupl
     if run.average:
         run.average.model.load_state_dict(checkpoint["model"])
         run.average.steps = checkpoint.get("averaged_steps", epoch * steps_per_epoch + steps)
-    # The momenta are the checkpoint's, the hyper-parameters those of this run's flags.
-    groups = run.optimizer.state_dict()["param_groups"]
+    # The momenta and the last rate are the checkpoint's, the other hyper-parameters those of this run's flags.
+    pairs = zip(run.optimizer.state_dict()["param_groups"], checkpoint["optimizer"]["param_groups"])
+    groups = [{**own, "lr": theirs["lr"]} for own, theirs in pairs]
     run.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
     if args.amp == checkpoint["args"]["amp"] == "fp16":
         run.scaler.load_state_dict(checkpoint["scaler"])
