@@ -1513,11 +1513,16 @@ def resume(run: Run, path: Path, checkpoint: dict, steps_per_epoch: int) -> tupl
     if run.average:
         run.average.model.load_state_dict(checkpoint["model"])
         run.average.steps = checkpoint.get("averaged_steps", epoch * steps_per_epoch + steps)
-    # The momenta and the last rate are the checkpoint's, the other hyper-parameters those of this run's flags.
-    pairs = zip(run.optimizer.state_dict()["param_groups"], checkpoint["optimizer"]["param_groups"])
-    groups = [{**own, "lr": theirs["lr"]} for own, theirs in pairs]
-    run.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
-    if args.amp == checkpoint["args"]["amp"] == "fp16":
+    total, last = args.epochs * steps_per_epoch, epoch * steps_per_epoch + steps - 1
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(min(last, total - 1), total, args.lr, args.warmup_steps, args.schedule)
+    # The momenta are the checkpoint's, the hyper-parameters those of this run's flags.
+    groups = run.optimizer.state_dict()["param_groups"]
+    try:
+        run.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: its optimiser's state does not fit ({' '.join(str(error).split())[:200]})") from error
+    if args.amp == checkpoint["args"].get("amp") == "fp16":
         run.scaler.load_state_dict(checkpoint["scaler"])
     if "tally" in checkpoint:
         run.tally.load(checkpoint["tally"], run.rank, run.world_size)
