@@ -3,21 +3,26 @@
     dataset = open_dataset("cityscapes", "datasets/cityscapes", "train")
     image, label = dataset[0]           # (H, W, 3) uint8 RGB, (H, W) uint8 train ids, 255 = ignore
 
+    python data.py check ROOT           # reads all of one's own data and says what is in it and what is wrong with it
+
 This file needs torch, numpy and pillow, and may be copied into another project as it is. Images stay uint8 in
 (H, W, 3) until `normalise` on the device: a quarter of the bytes to move, and channels_last comes for free.
 """
 
 from __future__ import annotations
 
+import argparse
 import colorsys
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import mmap
 import os
 import stat
 import struct
+import sys
 import tempfile
 import warnings
 import weakref
@@ -31,7 +36,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 
 IGNORE = 255  # train id of pixels that count neither in the loss nor in the metrics
@@ -120,9 +125,12 @@ CITYSCAPES_LABEL_IDS = tuple(entry[3] for entry in _CITYSCAPES)  # of the train 
 CAMVID = Classes(*zip(*_CAMVID))
 
 
-def label_table(train_ids: dict[int, int], ignored: Sequence[int]) -> bytes:
-    """256 train ids, one for each value of a label file; values in neither argument become UNKNOWN."""
-    table = bytearray([UNKNOWN] * 256)
+def label_table(train_ids: dict[int, int], ignored: Sequence[int], size: int = 256) -> bytes:
+    """Train ids, one for each value of a label file, or for each colour red x 65536 + green x 256 + blue with a size of 2 ** 24.
+
+    Values in neither argument become UNKNOWN.
+    """
+    table = bytearray([UNKNOWN]) * size
     for value in ignored:
         table[value] = IGNORE
     for value, train_id in train_ids.items():
@@ -152,33 +160,38 @@ def open_dataset(name: str, root: str | Path, split: str, augmentation: Augmenta
                 (split train_extra: gtCoarse);
             camvid: {split}/NAME.png or .jpg, {split}annot/NAME.png with ids 0 to 10, 11 = unlabelled;
             folder: images/{split}/NAME.*, labels/{split}/NAME.png, sub-folders allowed, and classes.json:
-                {"names": [...], "colours": [[r, g, b], ...], "ignore": 255}, the last two optional.
+                {"names": [...], "colours": [[r, g, b], ...], "ignore": 255}, the last two optional. Label maps hold the
+                classes' numbers, from 0 on; with "labels": "colours" their colours, and "ignore" is a list of colours.
         split: a split's name, or several joined by "+", as in "train+val".
         augmentation: how (epoch, position, index) keys are read; needed for training alone.
 
     Raises:
         DataError: no data there, an image without its label or the other way round, a bad classes.json.
     """
+    classes, table, find = _open_layout(name, Path(root))
+    samples = [sample for part in split.split("+") for sample in find(part)]
+    return SegmentationDataset(samples, classes, table, augmentation)
+
+
+def _open_layout(name: str, root: Path):
+    """Classes, table of label values, and what finds the samples of a split."""
     layouts = {"cityscapes": _open_cityscapes, "camvid": _open_camvid, "folder": _open_folder}
     if name not in layouts:
         raise DataError(f"dataset {name!r} is unknown, expected one of {', '.join(layouts)}")
-    root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give the {name} dataset's folder with --data")
-    classes, table, find = layouts[name](root)
-    samples = [sample for part in split.split("+") for sample in find(part)]
-    return SegmentationDataset(samples, classes, table, augmentation)
+    return layouts[name](root)
 
 
 def _open_cityscapes(root: Path):
     train_ids = {entry[3]: i for i, entry in enumerate(_CITYSCAPES)}
     table = label_table(train_ids, ignored=(*_CITYSCAPES_LABEL_IDS, _CITYSCAPES_LICENSE_PLATE))
 
-    def find(split: str) -> list[Sample]:
+    def find(split: str, lone: list[str] | None = None) -> list[Sample]:
         kind = "gtCoarse" if split == "train_extra" else "gtFine"
         images, labels = root / "leftImg8bit" / split, root / kind / split
         samples = _pair(
-            images, "*/*_leftImg8bit.png", "_leftImg8bit.png", labels, f"*/*_{kind}_labelIds.png", f"_{kind}_labelIds.png"
+            images, "*/*_leftImg8bit.png", "_leftImg8bit.png", labels, f"*/*_{kind}_labelIds.png", f"_{kind}_labelIds.png", lone
         )
         instances = [s.label.with_name(s.label.name.replace("_labelIds.png", "_instanceIds.png")) for s in samples]
         return [Sample(s.image, s.label, path if path.is_file() else None) for s, path in zip(samples, instances)]
@@ -188,21 +201,24 @@ def _open_cityscapes(root: Path):
 
 def _open_camvid(root: Path):
     table = label_table({i: i for i in range(len(_CAMVID))}, ignored=(_CAMVID_UNLABELLED,))
-    return CAMVID, table, lambda split: _pair(root / split, "*", "", root / f"{split}annot", "*", "")
+
+    def find(split: str, lone: list[str] | None = None) -> list[Sample]:
+        return _pair(root / split, "*", "", root / f"{split}annot", "*", "", lone)
+
+    return CAMVID, table, find
 
 
 def _open_folder(root: Path):
-    names, colours, ignored = _read_classes(root / "classes.json")
-    table = label_table({i: i for i in range(len(names)) if i not in ignored}, ignored)
+    names, colours, table = _read_classes(root / "classes.json")
 
-    def find(split: str) -> list[Sample]:
-        return _pair(root / "images" / split, "**/*", "", root / "labels" / split, "**/*", "")
+    def find(split: str, lone: list[str] | None = None) -> list[Sample]:
+        return _pair(root / "images" / split, "**/*", "", root / "labels" / split, "**/*", "", lone)
 
     return Classes(tuple(names), tuple(colours)), table, find
 
 
-def _read_classes(path: Path) -> tuple[list[str], list[tuple[int, int, int]], list[int]]:
-    """Names, colours and ignored values of a classes.json, see `open_dataset`. Raises DataError for anything else."""
+def _read_classes(path: Path) -> tuple[list[str], list[tuple[int, int, int]], bytes]:
+    """Names, colours and `label_table` of a classes.json, see `open_dataset`. Raises DataError for anything else."""
     try:
         with _open_regular(path) as file:
             text = file.read(CLASS_FILE_BYTES + 1)
@@ -224,9 +240,15 @@ def _read_classes(path: Path) -> tuple[list[str], list[tuple[int, int, int]], li
         return type(value) is int and 0 <= value <= 255  # JSON's true and false are no numbers here
 
     check(isinstance(content, dict) and "names" in content, 'expected an object with "names"')
-    stray = ", ".join(repr(key)[:40] for key in sorted(content.keys() - {"names", "colours", "ignore"})[:3])
-    check(not stray, f"unknown are {stray}, expected names, colours and ignore")
-    names, colours, ignored = content["names"], content.get("colours"), content.get("ignore", IGNORE)
+    stray = ", ".join(repr(key)[:40] for key in sorted(content.keys() - {"names", "colours", "ignore", "labels"})[:3])
+    check(not stray, f"unknown are {stray}, expected names, colours, ignore and labels")
+    check(
+        content.get("labels", "ids") in ("ids", "colours"),
+        f'labels is {content.get("labels")!r:.40}, expected "ids" or "colours"',
+    )
+    coded = content.get("labels") == "colours"
+    names, colours, ignored = content["names"], content.get("colours"), content.get("ignore", [] if coded else IGNORE)
+    check(not coded or colours is not None, '"labels": "colours" needs the colours')
     # Printable, on one line of a table: so neither a line break nor half of a surrogate pair.
     fine = isinstance(names, list) and all(isinstance(name, str) and name.isprintable() and name.strip() for name in names)
     check(fine, "names must be a list of printable strings, none of them empty")
@@ -237,9 +259,23 @@ def _read_classes(path: Path) -> tuple[list[str], list[tuple[int, int, int]], li
     ignored = ignored if isinstance(ignored, list) else [ignored]
     if not 0 < len(names) <= UNKNOWN or len(colours) != len(names) or any(len(colour) != 3 for colour in colours):
         raise DataError(f"{path}: {len(names)} names and {len(colours)} colours, expected 1 to {UNKNOWN} names, an RGB each")
-    if not all(map(is_byte, [*ignored, *(v for colour in colours for v in colour)])):
+    levels = [level for colour in colours for level in colour]
+    if coded:
+        check(all(isinstance(each, list) and len(each) == 3 for each in ignored), "ignore must be a list of colours")
+        levels += [level for colour in ignored for level in colour]
+    if not all(map(is_byte, levels if coded else [*ignored, *levels])):
         raise DataError(f"{path}: colours and ignored values must be whole numbers that lie between 0 and 255")
-    return names, [tuple(colour) for colour in colours], ignored
+    colours = [tuple(colour) for colour in colours]
+    if not coded:
+        return names, colours, label_table({i: i for i in range(len(names)) if i not in ignored}, ignored)
+    codes = [red << 16 | green << 8 | blue for red, green, blue in [*colours, *ignored]]
+    twice = next((code for at, code in enumerate(codes) if code in codes[:at]), None)
+    check(twice is None, f"colour {_colour_text(twice or 0)} is there twice")
+    return names, colours, label_table({code: i for i, code in enumerate(codes[: len(names)])}, codes[len(names) :], 2**24)
+
+
+def _colour_text(code: int) -> str:
+    return str([code >> 16, code >> 8 & 255, code & 255])
 
 
 def _palette(count: int) -> list[tuple[int, int, int]]:
@@ -249,8 +285,19 @@ def _palette(count: int) -> list[tuple[int, int, int]]:
     return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colours]
 
 
-def _pair(image_dir: Path, image_glob: str, image_end: str, label_dir: Path, label_glob: str, label_end: str) -> list[Sample]:
-    """Images and labels of the same name, less the given ends or, where those are empty, the suffix."""
+def _pair(
+    image_dir: Path,
+    image_glob: str,
+    image_end: str,
+    label_dir: Path,
+    label_glob: str,
+    label_end: str,
+    lone: list[str] | None = None,
+) -> list[Sample]:
+    """Images and labels of the same name, less the given ends or, where those are empty, the suffix.
+
+    What has no partner is an error, or left out and said in `lone`.
+    """
 
     def listing(folder: Path, glob: str, end: str) -> dict[str, Path]:
         paths = sorted(p for p in folder.glob(glob) if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
@@ -267,12 +314,15 @@ def _pair(image_dir: Path, image_glob: str, image_end: str, label_dir: Path, lab
     if not images:
         raise DataError(f"{image_dir}: no images ({image_glob}); check --data, --dataset and the split's name")
     for kind, have, other, folder in (("image", images, labels, label_dir), ("label", labels, images, image_dir)):
-        lone = sorted(have.keys() - other.keys())
-        if lone:
-            missing = "label" if kind == "image" else "image"
-            more = f" (and {len(lone) - 1} more like it)" if len(lone) > 1 else ""
-            raise DataError(f"{have[lone[0]]}: {kind} without its {missing} in {folder}{more}; add the {missing} or remove it")
-    return [Sample(images[name], labels[name]) for name in images]
+        single = sorted(have.keys() - other.keys())
+        missing = "label" if kind == "image" else "image"
+        told = [f"{have[name]}: {kind} without its {missing} in {folder}" for name in single]
+        if lone is not None:
+            lone += told
+        elif told:
+            more = f" (and {len(told) - 1} more like it)" if len(told) > 1 else ""
+            raise DataError(f"{told[0]}{more}; add the {missing} or remove it")
+    return [Sample(images[name], labels[name]) for name in images if name in labels]
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading
@@ -310,8 +360,15 @@ def read_label(path: str | Path, table: bytes) -> Image.Image:
     with _opened(path) as (label, bits):
         if label.format not in ("PNG", "BMP"):  # JPEG smears values, PPM scales them
             raise DataError(f"{path}: label map in a file of {label.format}, which does not keep class ids; save it as PNG")
+        if len(table) > 256:
+            return _read_coloured(path, label, table)
         if label.mode not in ("L", "P"):
-            raise DataError(f"{path}: label map of mode {label.mode}, expected one channel of 8 bits with a class id per pixel")
+            remedy = (
+                '; where these are colours, say "labels": "colours" in classes.json' if label.mode in ("RGB", "RGBA") else ""
+            )
+            raise DataError(
+                f"{path}: label map of mode {label.mode}, expected one channel of 8 bits with a class id per pixel{remedy}"
+            )
         if label.mode == "L" and bits < 8:  # Pillow scales them: 1 of 4 bits would be read as 17
             raise DataError(f"{path}: label map of {bits} bits, whose values are shades of grey; save it with 8 bits per pixel")
         turn = _turn(label)
@@ -327,6 +384,27 @@ def read_label(path: str | Path, table: bytes) -> Image.Image:
             f"{path}: label value {values} is outside the dataset's table; correct the file, or choose its --dataset"
         )
     return train_ids
+
+
+def _read_coloured(path: str | Path, label: Image.Image, table: bytes) -> Image.Image:
+    """A label map in the classes' colours, opened and not loaded."""
+    turn = _turn(label)
+    if label.mode not in ("RGB", "RGBA", "P"):
+        raise DataError(f"{path}: label map of mode {label.mode}, expected the classes' colours, as classes.json says")
+    label.load()
+    label.info.pop("transparency", None)
+    label = label.convert("RGB")
+    pixels = np.asarray(label if turn is None else label.transpose(turn))
+    codes = pixels @ np.array([65536, 256, 1])
+    train_ids = np.frombuffer(table, np.uint8)[codes]
+    if (train_ids == UNKNOWN).any():
+        stray, counts = np.unique(codes[train_ids == UNKNOWN], return_counts=True)
+        worst = ", ".join(_colour_text(int(code)) for code in stray[np.argsort(-counts)][:5])
+        raise DataError(
+            f"{path}: label colour {worst}{', ...' if len(stray) > 5 else ''} in {counts.sum()} pixels is not in classes.json; add it "
+            "to the colours, or to ignore"
+        )
+    return Image.fromarray(train_ids)
 
 
 _TURNS = dict(
@@ -982,3 +1060,179 @@ class TrainBatches(torch.utils.data.Sampler):
         rng = np.random.default_rng(seed)
         rounds = -(-len(self) * batch // len(indices))
         return np.concatenate([rng.permutation(indices) for _ in range(rounds)])
+
+
+# -------------------------------------------------------------------------------------------------------------- own data
+
+
+def check(name: str, root: str | Path, splits: Sequence[str] = (), sheet: str | Path | None = None, rows: int = 6) -> dict:
+    """Reads all images and label maps of a dataset, and says what is in them and what is wrong.
+
+    Args:
+        name, root: as in `open_dataset`.
+        splits: which; none for all that there are.
+        sheet: file of a picture of some of the images with their labels, and of the classes' colours.
+        rows: how many images of each split are on it.
+
+    Returns:
+        {"splits": {split: {"images", "sizes" {"WxH": count}, "unlabelled" share of the pixels, "classes" {name: {"share" of
+        the labelled pixels, "images" with it}}}}, "problems": [...], each naming a file, "notes": [...]}.
+
+    Raises:
+        DataError: there is no dataset, or nothing in it.
+    """
+    root = Path(root)
+    classes, table, find = _open_layout(name, root)
+    splits = list(splits) or _splits(name, root)
+    if not splits:
+        raise DataError(f"{root}: no splits, such as {'images/train' if name == 'folder' else 'train'}; see data.open_dataset")
+    report: dict = {"dataset": name, "root": str(root), "splits": {}, "problems": [], "notes": []}
+    seen: dict[bytes, tuple[str, Path]] = {}  # split and file of the pixels with this digest
+    tiles: list[tuple[Image.Image, Image.Image]] = []
+    for split in splits:
+        samples = find(split, report["problems"])
+        dataset = SegmentationDataset(samples, classes, table)
+        shown = {round((i + 0.5) * len(samples) / rows - 0.5) for i in range(rows)} if sheet else set()
+
+        def read(index: int, dataset: SegmentationDataset = dataset, shown: set[int] = shown):
+            try:
+                image, label = dataset.read(index)
+            except DataError as error:
+                return str(error)
+            counts = np.bincount(np.asarray(label).ravel(), minlength=256)
+            digest = hashlib.blake2b(b"%d" % image.width + image.tobytes(), digest_size=16).digest()
+            return image.size, counts, digest, _tile(image, label, classes) if index in shown else None
+
+        sizes: dict[str, int] = {}
+        pixels, present = np.zeros(256, np.int64), np.zeros(256, np.int64)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for sample, found in zip(samples, pool.map(read, range(len(samples)))):
+                if isinstance(found, str):
+                    report["problems"].append(found)
+                    continue
+                (width, height), counts, digest, tile = found
+                sizes[f"{width}x{height}"] = sizes.get(f"{width}x{height}", 0) + 1
+                pixels, present = pixels + counts, present + (counts > 0)
+                if tile:
+                    tiles.append(tile)
+                if not counts[:IGNORE].any():
+                    report["problems"].append(f"{sample.label}: no pixel has a label; label it, or remove it and its image")
+                if min(width, height) < 32:
+                    report["problems"].append(f"{sample.image}: {width}x{height} pixels, the network takes 32x32 and more")
+                other = seen.setdefault(digest, (split, sample.image))
+                if other[1] != sample.image:
+                    where = "the same split" if other[0] == split else f"split {other[0]}, so that figures flatter"
+                    report["problems"].append(f"{sample.image}: the same image as {other[1]} of {where}; remove one")
+        names, labelled = classes.names, pixels[: len(classes.names)].sum()
+        shares = pixels[: len(names)] / max(1, labelled)
+        report["splits"][split] = {
+            "images": len(samples),
+            "sizes": dict(sorted(sizes.items(), key=lambda item: -item[1])),
+            "unlabelled": float(pixels[IGNORE] / max(1, pixels.sum())),
+            "classes": {n: {"share": float(shares[i]), "images": int(present[i])} for i, n in enumerate(names)},
+        }
+        report["notes"] += [f"{split}: no pixel of class {n}" for i, n in enumerate(names) if not pixels[i]]
+    if sheet and tiles:
+        _save_sheet(tiles, classes, Path(sheet))
+    return report
+
+
+def _splits(name: str, root: Path) -> list[str]:
+    """The splits that a dataset's folder has, train first."""
+    parent = {"cityscapes": root / "leftImg8bit", "camvid": root, "folder": root / "images"}[name]
+    found = [path.name for path in sorted(parent.iterdir()) if path.is_dir()] if parent.is_dir() else []
+    if name == "camvid":
+        found = [split for split in found if (root / f"{split}annot").is_dir()]
+    return sorted(found, key=lambda split: (split != "train", split != "val", split))
+
+
+_TILE_WIDTH = 360  # pixels
+
+
+def _tile(image: Image.Image, label: Image.Image, classes: Classes) -> tuple[Image.Image, Image.Image]:
+    """An image, small, and the same with its labels in colours laid over it; what is ignored stays as it is."""
+    size = (_TILE_WIDTH, max(1, round(_TILE_WIDTH * image.height / image.width)))
+    image, label = image.resize(size, Image.Resampling.BILINEAR), np.asarray(label.resize(size, Image.Resampling.NEAREST))
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(classes.colours)] = classes.colours
+    mask = Image.fromarray(np.where(label == IGNORE, 0, 170).astype(np.uint8))
+    return image, Image.composite(Image.fromarray(palette[label]), image, mask)
+
+
+def _save_sheet(tiles: list[tuple[Image.Image, Image.Image]], classes: Classes, path: Path) -> None:
+    """Writes image | labels in two columns, and the classes' colours below."""
+    gap, swatch, columns = 4, 16, 4
+    rows = [tiles[i : i + 2] for i in range(0, len(tiles), 2)]
+    heights = [max(tile.height for pair in row for tile in pair) + gap for row in rows]
+    width = 4 * (_TILE_WIDTH + gap) + gap
+    legend = -(-len(classes.names) // columns) * (swatch + gap) + 2 * gap
+    sheet = Image.new("RGB", (width, gap + sum(heights) + legend), "white")
+    top = gap
+    for row, height in zip(rows, heights):
+        for i, tile in enumerate(tile for pair in row for tile in pair):
+            sheet.paste(tile, (gap + i * (_TILE_WIDTH + gap), top))
+        top += height
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, colour) in enumerate(zip(classes.names, classes.colours)):
+        x, y = gap + i % columns * (width // columns), top + gap + i // columns * (swatch + gap)
+        draw.rectangle((x, y, x + swatch, y + swatch - 1), colour, "black")
+        draw.text((x + swatch + gap, y + 2), name[:50].encode("latin-1", "replace").decode("latin-1"), "black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def _print_report(report: dict) -> None:
+    splits = report["splits"]
+    for split, content in splits.items():
+        sizes = ", ".join(f"{size} ({count})" for size, count in list(content["sizes"].items())[:5])
+        more = f" and {len(content['sizes']) - 5} more sizes" if len(content["sizes"]) > 5 else ""
+        print(f"{split}: {content['images']} images, {sizes}{more}")
+    print(f"{'share of the labelled pixels, images':<36}" + "".join(f"{split:>20}" for split in splits))
+    for name in next(iter(splits.values()))["classes"]:
+        cells = [content["classes"][name] for content in splits.values()]
+        print(f"  {name:<34}" + "".join(f"{each['share']:12.3%}{each['images']:8}" for each in cells))
+    print(f"{'unlabelled, of all pixels':<36}" + "".join(f"{content['unlabelled']:12.3%}{'':8}" for content in splits.values()))
+    for note in report["notes"]:
+        print(f"note: {note}")
+    for problem in report["problems"][:50]:
+        print(f"problem: {problem}")
+    if len(report["problems"]) > 50:
+        print(f"and {len(report['problems']) - 50} more problems")
+    print(f"{len(report['problems']) or 'no'} problems")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0, or 2 where there are problems."""
+    parser = argparse.ArgumentParser(prog="data.py", description="Looks at data before a network does.")
+    command = parser.add_subparsers(required=True, metavar="check").add_parser(
+        "check",
+        help="read all of a dataset, and say what is in it and what is wrong",
+        description="Reads every image and label map. Prints the sizes, each class' share, and what is wrong: files without a partner, that "
+        "cannot be read, or are twice there (above all in two splits), values that no class has, maps without a label. The last line is "
+        "one JSON object. Exit status 2 where anything is wrong.",
+    )
+    command.add_argument("root", metavar="ROOT", help="the dataset's folder")
+    command.add_argument("--dataset", default="folder", help="folder, cityscapes or camvid (default: %(default)s)")
+    command.add_argument("--splits", nargs="+", default=[], metavar="SPLIT", help="default: all that there are")
+    command.add_argument("--sheet", metavar="FILE", help="write a picture of some images with their labels, and the colours")
+    command.add_argument("--rows", type=int, default=6, metavar="N", help="images of each split on it (default: %(default)s)")
+    args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        if args.sheet and Path(args.sheet).suffix.lower() not in Image.registered_extensions():
+            raise DataError(f"--sheet {args.sheet} has no suffix of an image format; give e.g. sheet.png")
+        if args.rows < 1:
+            raise DataError(f"--rows is {args.rows}, expected at least 1")
+        report = check(args.dataset, args.root, args.splits, args.sheet, args.rows)
+    except (DataError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    _print_report(report)
+    if args.sheet:
+        print(f"wrote {args.sheet}")
+    print(json.dumps(report))
+    return 2 if report["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

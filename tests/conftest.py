@@ -55,7 +55,7 @@ def folder_dataset(tmp_path) -> Path:
     label = np.repeat(np.arange(3, dtype=np.uint8), [20, 20, 24])[None].repeat(48, 0)
     for split in ("train", "val"):
         for i in range(2):
-            image = np.stack([label * 100, 255 - label * 100, np.full_like(label, 40 * i)], -1)
+            image = np.stack([label * 100, 255 - label * 100, np.full_like(label, 40 * i + (20 if split == "val" else 0))], -1)
             for kind, array in (("images", image), ("labels", label)):
                 path = root / kind / split / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
