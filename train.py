@@ -199,6 +199,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--max-skipped", type=int, default=25, metavar="N",
         help="steps without a finite loss and gradient are skipped; so many in a row end the run (default: %(default)s)")
     add("--val-every", type=int, default=10, metavar="N", help="epochs between validations (default: %(default)s)")
+    add("--tensorboard", action="store_true", help="also write the figures to DIR/logs for TensorBoard, a package of its own")
     add("--log-every", type=int, default=20, metavar="N", help="steps between log lines (default: %(default)s)")
     # fmt: on
     return parser
@@ -496,11 +497,17 @@ def named(path: str | Path) -> Iterator[None]:
 class Log:
     """Lines for people on stdout and in train.log, records for programs in metrics.jsonl; rank 0 alone writes."""
 
-    def __init__(self, folder: Path | None, rank: int):
-        """`folder` None: lines on stdout alone."""
+    def __init__(self, folder: Path | None, rank: int, tensorboard: bool = False):
+        """`folder` None: lines on stdout alone. Raises UsageError where TensorBoard is asked for and is not installed."""
         self.rank = rank
-        self.text = self.records = None
+        self.text = self.records = self.board = None
         if rank == 0 and folder:
+            if tensorboard:
+                try:
+                    from torch.utils.tensorboard import SummaryWriter
+                except ImportError:
+                    raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+                self.board = SummaryWriter(str(folder))
             folder.mkdir(parents=True, exist_ok=True)
             self.text = open(folder / "train.log", "a", encoding="utf-8", errors="backslashreplace")
             self.records = open(folder / "metrics.jsonl", "a", encoding="utf-8")
@@ -518,9 +525,17 @@ class Log:
         if self.records:
             with named(self.records.name):
                 print(json.dumps(fields), file=self.records, flush=True)
+        if self.board:
+            at = fields.get("step", fields["epoch"])
+            for name, value in fields.items():
+                if isinstance(value, int | float) and name not in ("epoch", "step"):
+                    self.board.add_scalar(f"{fields['kind']}/{name}", value, at)
+            self.board.flush()
 
     def close(self) -> None:
         """Closes the files."""
+        if self.board:
+            self.board.close()
         for file in (self.text, self.records):
             with contextlib.suppress(OSError):  # said when the line was written
                 if file:
@@ -1431,7 +1446,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         loader, batches, cached = open_loader(args, train_set, val_set, device, rank, world_size)
         notes = prepare_output(out, resumed) if rank == 0 and not args.benchmark else []
-        log = Log(None if args.benchmark else out / "logs", rank)
+        log = Log(None if args.benchmark else out / "logs", rank, args.tensorboard)
         for note in [*notes, *cached, *begun]:
             log.line(note)
 

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -652,6 +653,19 @@ def test_resuming_passes_over_damaged_checkpoints_and_says_so(drawn, tmp_path, c
 def test_nothing_to_resume_is_said(drawn, tmp_path, capsys):
     assert run(drawn, tmp_path / "r", epochs=1, resume="auto") == 0
     assert "nothing to resume in" in capsys.readouterr().out
+
+
+def test_tensorboard_is_written_where_it_is_asked_for(drawn, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where it is not installed
+        assert run(drawn, tmp_path / "r", epochs=1, tensorboard=True) == 2
+        assert "--tensorboard needs the package tensorboard: pip install tensorboard" in capsys.readouterr().err
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard here")
+    assert run(drawn, tmp_path / "r", epochs=2, tensorboard=True) == 0
+    events = accumulator.EventAccumulator(str(tmp_path / "r/logs")).Reload()
+    for kind, name, at in (("train", "loss", "step"), ("val", "miou", "epoch")):
+        expected = [(record[at], pytest.approx(record[name])) for record in records(tmp_path / "r", kind)]
+        assert [(event.step, event.value) for event in events.Scalars(f"{kind}/{name}")] == expected
 
 
 def test_split_without_a_label_stops_with_a_message(drawn, tmp_path, capsys):
