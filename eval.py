@@ -956,6 +956,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError(f"--{name} is {sides[0]} {sides[1]}, expected at least {MIN_SIZE} pixels each")
         if sides and max(sides) > MAX_SIZE:
             raise UsageError(f"--{name} is {sides[0]} {sides[1]}, expected at most {MAX_SIZE} pixels each")
+    if args.export and any("\ud800" <= letter <= "\udfff" for letter in args.export):  # torch.export would abort the process
+        raise UsageError(f"--export {args.export!r} is a name that is no UTF-8; give another")
     if args.sheet and Path(args.sheet).suffix.lower() not in Image.registered_extensions():
         raise UsageError(f"--sheet {args.sheet} has no suffix of an image format; give e.g. sheet.png")
     modes = {

@@ -21,6 +21,7 @@ import os
 import random
 import resource
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -410,7 +411,7 @@ def same(a: object, b: object) -> bool:
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         alike = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape
         return alike and (
-            a.is_meta or a.numel() > 10**7 or bool(((a == b) | (a != a)).all())
+            a.is_meta or a.layout != torch.strided or a.numel() > 10**7 or bool(((a == b) | (a != a)).all())
         )  # NaN is alike, outside the weights
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
@@ -434,7 +435,8 @@ def use(checkpoint: dict, path: Path) -> None:
     args = train.get_args_parser().parse_args(["--data", "x", "--resume", "auto"])
     train.check_resume(path, checkpoint, model, data.Classes.from_dict(checkpoint["classes"]), args)
     model.load_state_dict(checkpoint.get("trained", checkpoint["model"]))
-    torch.amp.GradScaler("cpu").load_state_dict(checkpoint["scaler"] or {"scale": 1.0})
+    if checkpoint["scaler"]:
+        torch.amp.GradScaler("cpu").load_state_dict(checkpoint["scaler"])
     expect(0 <= checkpoint["epoch"] + 1 <= 2**31 and -math.inf < checkpoint["best_miou"] < math.inf, "absurd numbers")
     expect(checkpoint["args"]["epochs"] > 0 and str(Path(checkpoint["args"]["data"]).resolve()) != "", "absurd arguments")
 
@@ -530,7 +532,8 @@ WORDS = ("", " ", "x", "nowhere/x", "/proc/none/x", "/dev/null", "a\u00e4", os.f
 # Flags of train.py whose values its check_args does not bound: left out here.
 UNCHECKED = set(
     "crop_size scale_range hue workers epochs batch_size base_lr warmup_steps momentum weight_decay dropout aux_weight class_balance "
-    "class_balance_end ohem ema teacher_weight seed loss_scale benchmark keep val_every log_every".split()
+    "class_balance_end ohem ema teacher_weight seed loss_scale benchmark keep val_every log_every "
+    "save_every save_minutes max_skipped peer_timeout".split()
 )
 
 
@@ -720,7 +723,7 @@ def kernel_operators(rng: random.Random) -> str:
         scores = F.interpolate(logits, tuple(arguments[1]), mode="bilinear", align_corners=arguments[2])
         best, chosen = scores.amax(1), scores.gather(1, result.long()[:, None])[:, 0]
         tolerance = 1e-5 * (1 + logits.where(finite, 0.0).abs().max())
-        fine = (best - chosen <= tolerance) | (best == chosen) | (best.isnan() & chosen.isnan())
+        fine = (result == expected) | (best - chosen <= tolerance) | (best == chosen) | (best.isnan() & chosen.isnan())
         expect(bool(fine.all()), f"{int((~fine).sum())} labels of a lower score")
     return RIGHT
 
@@ -793,7 +796,7 @@ def kernel_network(rng: random.Random) -> str:
     ops_ext.implementations("cpu")
     half = rng.random() < 0.5 and torch.ops.ops_ext.has_bfloat16()
     model, fused = fused_network(rng.choice(list(VARIANTS)), rng.choice([1, 3, 19, 33]), half)
-    torch.set_num_threads(rng.choice([1, 2, 3]))
+    torch.set_num_threads(rng.choice([1, 2]))
     shape = [rng.choice([1, 1, 2, 3]), rng.randint(32, 90), rng.randint(32, 90)]
     if rng.random() < 0.05:
         shape[rng.choice([1, 2])] = rng.randint(400, 1200)
@@ -818,6 +821,7 @@ def kernel_network(rng: random.Random) -> str:
         )
     with torch.inference_mode():
         scores, labels = fused.logits(pixels).double(), fused(pixels)
+    torch.set_num_threads(1)  # PyTorch's threads wait for each other, on a busy machine for minutes
     wanted = scores_of(model, pixels)
     error = (scores - wanted).norm() / wanted.norm()
     # One score alone may be a small difference of large numbers: there PyTorch's own bfloat16 is as far off.
@@ -896,7 +900,7 @@ def sanitizer_environment() -> dict[str, str]:
     if not all(map(os.path.isabs, preload)):
         raise RuntimeError("the C++ compiler has no sanitizers")
     options = "detect_leaks=0:protect_shadow_gap=0:allocator_may_return_null=1:max_allocation_size_mb=3000"
-    return {"LD_PRELOAD": ":".join(preload), "ASAN_OPTIONS": options, "OMP_NUM_THREADS": "2"}
+    return {"LD_PRELOAD": ":".join(preload), "ASAN_OPTIONS": options, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
 
 
 def sanitized_library() -> Path:
@@ -928,12 +932,15 @@ def run_kind(kind: str, seed: int, count: int, most_failures: int = 20) -> tuple
             *extra,
         ]
         with tempfile.TemporaryFile() as errors:
-            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment)
+            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment, bufsize=0)
             begun, line, limit, why = None, b"", START_S, ""
             while True:
                 if not select.select([child.stdout], [], [], limit)[0]:
-                    child.kill()
                     why = f"took more than {limit} s"
+                    child.send_signal(signal.SIGABRT)  # Python's fault handler then says where it is
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        child.wait(30)
+                    child.kill()
                     break
                 line = child.stdout.readline()
                 if not line:
@@ -952,7 +959,8 @@ def run_kind(kind: str, seed: int, count: int, most_failures: int = 20) -> tuple
             if begun is not None or status:
                 errors.seek(0)
                 text = errors.read().decode(errors="replace")
-                sanitizer = max(text.find("ERROR: AddressSanitizer"), text.find("runtime error:"), 0)
+                marks = ("ERROR: AddressSanitizer", "runtime error:", "Fatal Python error")
+                sanitizer = max(*map(text.find, marks), 0)
                 at = number if begun is None else begun
                 failures.append(described(kind, at, f"{why or f'ended with status {status}'}: {text[sanitizer:][:3000]}"))
                 print(failures[-1], flush=True)

@@ -67,9 +67,10 @@ def test_a_crash_and_a_wrong_result_are_found_and_the_rest_goes_on(tmp_path, cap
         (("--repeats", "2000000"), "--repeats is 2000000, expected at most 1000000"),
         (("--warmup", "-1"), "--warmup is -1, expected at least 0"),
         (("--sheet-rows", "100000"), "--sheet-rows is 100000, expected at most 10000"),
+        (("--export", os.fsdecode(b"\xff.pt2")), "is a name that is no UTF-8; give another"),
     ],
 )
-def test_absurd_numbers_are_refused_before_anything_is_read(flags, message, capsys):
+def test_absurd_values_are_refused_before_anything_is_read(flags, message, capsys):
     status = evaluation.exit_status("eval.py", lambda: evaluation.main(["--weights", os.devnull, *flags]))
     error = capsys.readouterr().err
     assert status == 2 and message in error and error.count("\n") == 1
