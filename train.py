@@ -99,6 +99,25 @@ RECIPES = {
     "best": {"cityscapes": _LARGE, "camvid": {**_SMALL, **_CAMVID_SIZE}, "folder": _SMALL},
 }
 
+# What flags may be, both ends included: what is beyond is a slip, and would go on for ever or end in an error far from here.
+BOUNDS = {
+    "epochs val_every log_every keep save_every max_skipped benchmark": (1, 10**6),
+    "batch_size": (1, 2**16),
+    "warmup_steps": (0, 10**9),
+    "workers": (0, 512),
+    "seed": (0, 2**63 - 1),
+    "base_lr": (0, 1e30),
+    "aux_weight teacher_weight weight_decay": (0, 1000),
+    "class_balance class_balance_end": (0, 10),
+    "hue": (0, 180),
+    "save_minutes": (0, 10**6),
+    "peer_timeout": (0.1, 10**4),
+    "dropout ohem ema momentum brightness channel_noise contrast saturation label_smoothing half_resolution max_class_share": (
+        0,
+        1,
+    ),
+}
+
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of train.py."""
@@ -222,42 +241,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace, world_size: int) -> None:
     """Raises UsageError for values that cannot work, before anything is read or written."""
-    if args.batch_size < 1 or args.batch_size % world_size:
+    for names, (least, most) in BOUNDS.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not least <= value <= most:  # so is nan
+                raise UsageError(f"--{name.replace('_', '-')} is {value}, expected {least} to {most}")
+    if args.batch_size % world_size:
         fitting = max(1, args.batch_size // world_size) * world_size
         raise UsageError(f"--batch-size {args.batch_size} does not divide over {world_size} processes; give e.g. {fitting}")
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"--{name.replace('_', '-')} is {value}, expected a finite number")
-    at_least_0 = (
-        "workers warmup_steps momentum weight_decay dropout base_lr seed aux_weight class_balance teacher_weight hue ohem ema "
-        "save_minutes"
-    )
-    for least, names in ((1, "epochs val_every log_every keep save_every max_skipped"), (0, at_least_0)):
-        for name in names.split():
-            if getattr(args, name) < least:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
-    if args.benchmark is not None and args.benchmark < 1:
-        raise UsageError(f"--benchmark is {args.benchmark}, expected at least 1 step")
-    if args.class_balance_end is not None and args.class_balance_end < 0:
-        raise UsageError(f"--class-balance-end is {args.class_balance_end}, expected at least 0")
     for name in ("dropout", "ohem", "ema", "momentum"):
-        if getattr(args, name) >= 1:
+        if getattr(args, name) == 1:
             raise UsageError(f"--{name} is {getattr(args, name)}, expected less than 1")
-    for name in ("brightness", "channel_noise", "contrast", "saturation", "label_smoothing", "half_resolution"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to 1")
-    if not 0 < args.max_class_share <= 1:
-        raise UsageError(f"--max-class-share is {args.max_class_share}, expected a share above 0, at most 1")
+    if args.max_class_share == 0:
+        raise UsageError("--max-class-share is 0.0, expected a share above 0, at most 1")
     least = 64 if args.half_resolution else 32
-    if min(args.crop_size) < least:
-        raise UsageError(f"--crop-size is {args.crop_size[0]} {args.crop_size[1]}, expected at least {least} pixels each")
-    if not 0.1 <= args.peer_timeout <= 1e4:
-        raise UsageError(f"--peer-timeout is {args.peer_timeout}, expected 0.1 to 10000 minutes")
-    if not 0 < args.scale_range[0] <= args.scale_range[1] < math.inf:
-        raise UsageError(f"--scale-range is {args.scale_range[0]} {args.scale_range[1]}, expected 0 < MIN <= MAX")
+    if not least <= min(args.crop_size) <= max(args.crop_size) <= 2**14:
+        raise UsageError(f"--crop-size is {args.crop_size[0]} {args.crop_size[1]}, expected {least} to {2**14} pixels each")
+    if not 0 < args.scale_range[0] <= args.scale_range[1] <= 100:
+        raise UsageError(f"--scale-range is {args.scale_range[0]} {args.scale_range[1]}, expected 0 < MIN <= MAX <= 100")
     if args.loss_scale != "dynamic":
         try:
-            valid = float(args.loss_scale) > 0
+            valid = 0 < float(args.loss_scale) <= 2**24
         except ValueError:
             valid = False
         if not valid:
@@ -1506,6 +1510,12 @@ def main(argv: list[str] | None = None) -> int:
         log.line(f"done: best mIoU {run.best_miou:.4f}, {out / 'checkpoints' / 'best_model.pth'}")
         return 0
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(
+            error
+        ):  # on the CPU it has no class of its own
+            raise UsageError(
+                f"{args.batch_size} crops of {args.crop_size[0]}x{args.crop_size[1]} do not fit in memory; lower --batch-size or --crop-size"
+            ) from None
         if dist.is_initialized() and lost_peer(error):
             raise UsageError(
                 f"lost another process ({' '.join(str(error).split())[:160]}); what it said last tells why; --resume auto goes on "

@@ -529,12 +529,6 @@ NUMBERS = (
 )  # fmt: skip
 WORDS = ("", " ", "x", "nowhere/x", "/proc/none/x", "/dev/null", "a\u00e4", os.fsdecode(b"\xff"), "x" * 300, "y/" * 3000, "%s", "{}", "*", "..", "cpu",
          "cpu:7", "cuda:99", "cuda", "meta", "train", "val", "train+val", "+", "folder", "camvid", "dynamic", "model.onnx", "m.pt2", "s.png")  # fmt: skip
-# Flags of train.py whose values its check_args does not bound: left out here.
-UNCHECKED = set(
-    "crop_size scale_range hue workers epochs batch_size base_lr warmup_steps momentum weight_decay dropout aux_weight class_balance "
-    "class_balance_end ohem ema teacher_weight seed loss_scale benchmark keep val_every log_every "
-    "save_every save_minutes max_skipped peer_timeout".split()
-)
 
 
 class Reached(Exception):
@@ -578,12 +572,12 @@ def commands(rng: random.Random, folder: Path) -> str:
     base = rng.choice([[], own, [*own, *data_flags], [*own, *data_flags], [*own, *data_flags], ["--benchmark"]])
     base = ["--benchmark", "3", *data_flags] if base == ["--benchmark"] and script is train else base
     parser = script.get_args_parser()
-    argv = command_line(parser, {"help"} | (UNCHECKED if script is train else set()), base, paths, rng)
+    argv = command_line(parser, {"help"}, base, paths, rng)
 
     def reached(*_args, **_options):
         raise Reached
 
-    def started(device_name: str | None):
+    def started(device_name: str | None, *_):
         evaluation_start(device_name)
         raise Reached
 
