@@ -62,7 +62,7 @@ from data import (
     read_image,
 )
 from model import MIN_SIZE, VARIANTS, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint, save_for_peer
-from ops_ext import accelerate, confusion_matrix, yuv420_to_rgb
+from ops_ext import accelerate, confusion_matrix, overlay_plane, yuv420_to_rgb
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 PAPER_SIZES = ((1024, 2048), (512, 1024), (256, 512))  # table 6
@@ -680,10 +680,9 @@ def legend(classes: Classes, width: int, which: Sequence[int]) -> Image.Image:
 
 @dataclass
 class Slot:
-    """Memory for a frame on its way, used again for later ones: as read, as RGB, and as it is written."""
+    """Memory for a frame on its way, used again for later ones: as read, and as it is written."""
 
     given: np.ndarray
-    rgb: np.ndarray  # (H, W, 3)
     result: np.ndarray
 
 
@@ -757,18 +756,17 @@ def segment_raw(
     source, count = open(0, "rb", buffering=0, closefd=False), 0
     for pipe in (source, out):
         _widen(pipe)
-    nothing = np.empty(0, np.uint8)
-    slots = [Slot(nothing, np.empty((*size, 3), np.uint8), nothing) for _ in range(threads + 3)]
+    slots = [Slot(np.empty((*size, 3), np.uint8), np.empty(0, np.uint8)) for _ in range(threads + 2)]
 
     def read(slot: Slot) -> bool:
-        got = fill(source, slot.rgb)
-        if 0 < got < slot.rgb.size:
-            raise DataError(f"stdin ended within frame {count + 1}, after {got} of {slot.rgb.size} bytes; is --size right?")
+        got = fill(source, slot.given)
+        if 0 < got < slot.given.size:
+            raise DataError(f"stdin ended within frame {count + 1}, after {got} of {slot.given.size} bytes; is --size right?")
         return got > 0
 
     def work(slot: Slot) -> None:
-        label = segment(torch.from_numpy(slot.rgb)[None])[0].cpu().numpy()
-        image = Image.frombuffer("RGB", (size[1], size[0]), slot.rgb, "raw", "RGB", 0, 1)
+        label = segment(torch.from_numpy(slot.given)[None])[0].cpu().numpy()
+        image = Image.frombuffer("RGB", (size[1], size[0]), slot.given, "raw", "RGB", 0, 1)
         slot.result = np.asarray(painter.picture(image, label))
 
     def write(slot: Slot) -> None:
@@ -792,7 +790,18 @@ class Ffmpeg:
 
     def __init__(self, *arguments: str, **pipes: int):
         self.log = tempfile.TemporaryFile()
-        command = [_program("ffmpeg"), "-hide_banner", "-nostdin", "-v", "error", *arguments]
+        threads = ("-threads", str(max(1, (os.cpu_count() or 1) // 2)))  # the network works beside it
+        command = [
+            _program("ffmpeg"),
+            "-hide_banner",
+            "-nostdin",
+            "-v",
+            "error",
+            *threads,
+            *arguments[:-1],
+            *threads,
+            arguments[-1],
+        ]
         # In a session of its own, so that Ctrl-C reaches this process alone, which then ends it: it would make a whole file of
         # what it has.
         self.process = subprocess.Popen(command, stderr=self.log, bufsize=0, start_new_session=True, **pipes)
@@ -982,12 +991,13 @@ class VideoPainter:
         space = source.facts.get("color_space", "unknown")
         # Untagged video has the matrix of its size, as players take it.
         self.space = ("bt709" if source.height >= 720 else "bt601") if space == "unknown" else space
-        self.full_range = source.full_range
+        self.full_range, self.mine = source.full_range, threading.local()
         even = source.height + source.height % 2, source.width + source.width % 2
         colours = self.to_yuv(palette_of(painter.classes)[None])[0]  # (256, 3)
         self.keep = round(256 * (1 - painter.strength)) if painter.style == "overlay" else 0
         colours = (colours * (256 - self.keep) >> 8).astype(np.uint8)
-        self.tables = [colours[:, i].tobytes() for i in range(3)]
+        self.tables = torch.from_numpy(colours).t().contiguous()  # (3, 256)
+        self.even = [even, *[(even[0] // 2, even[1] // 2)] * 2]  # sizes of the planes, without the legend
         self.legend = None
         if painter.legend and not self.labels:
             strip = np.asarray(legend(painter.classes, even[1], range(len(painter.classes.names))))
@@ -1020,7 +1030,7 @@ class VideoPainter:
             for i, plane in enumerate(self.planes(result, *self.size)):
                 part = self.legend[:, :, i] if i == 0 else self.legend[::2, ::2, i]
                 plane[-len(part) :] = part
-        return Slot(given, np.empty((self.height, self.width, 3), np.uint8), result)
+        return Slot(given, result)
 
     @staticmethod
     def memory(height: int, width: int) -> np.ndarray:
@@ -1034,31 +1044,23 @@ class VideoPainter:
         return [y, *memory[start:].reshape(2, h, w)]
 
     def to_rgb(self, slot: Slot) -> Tensor:
-        """(1, H, W, 3) uint8 RGB of a frame."""
+        """(1, H, W, 3) uint8 RGB of a frame, in memory that the thread's next frame takes too."""
         kr, kb = KR_KB.get(self.space, (0.299, 0.114))
-        planes, out = torch.from_numpy(slot.given[len(VideoFrames.START) :]), torch.from_numpy(slot.rgb)
-        return yuv420_to_rgb(planes, out, kr, kb, self.full_range)[None]
+        if not hasattr(self.mine, "rgb"):
+            self.mine.rgb = torch.empty((self.height, self.width, 3), dtype=torch.uint8)
+        planes = torch.from_numpy(slot.given[len(VideoFrames.START) :])
+        return yuv420_to_rgb(planes, self.mine.rgb, kr, kb, self.full_range)[None]
 
     def paint(self, slot: Slot, label: np.ndarray) -> None:
         """Fills a slot's result from its frame and (H, W) train ids."""
         if self.labels:
             slot.result[len(VideoFrames.START) :] = label.ravel()
             return
-        odd = (0, self.height % 2), (0, self.width % 2)
-        label = np.pad(label, odd, "edge") if any(map(sum, odd)) else label
-        maps = [label, *[np.ascontiguousarray(label[::2, ::2])] * 2]
-        given = self.planes(slot.given, self.height, self.width)
-        for plane, result, part, table in zip(given, self.planes(slot.result, *self.size), maps, self.tables):
-            colour = np.asarray(Image.fromarray(part).point(table))
-            if not self.keep:
-                result[: len(part)] = colour
-                continue
-            if plane.shape != part.shape:
-                plane = np.pad(plane, odd, "edge")
-            kept = np.multiply(plane, self.keep, dtype=np.uint16)
-            kept += 128
-            kept >>= 8
-            np.add(kept, colour, out=result[: len(part)], casting="unsafe")
+        labels = torch.from_numpy(label)
+        planes = zip(self.planes(slot.given, self.height, self.width), self.planes(slot.result, *self.size), self.even)
+        for i, (plane, result, (height, width)) in enumerate(planes):
+            out = torch.from_numpy(result[:height, :width])
+            overlay_plane(torch.from_numpy(plane), labels, self.tables[i], self.keep, out, step=2 if i else 1)
 
 
 def segment_video(
@@ -1093,7 +1095,7 @@ def segment_video(
                 bar.update()
 
             frames, start = 0, time.perf_counter()
-            slots = [in_yuv.slot() for _ in range(threads + 3)]
+            slots = [in_yuv.slot() for _ in range(threads + 2)]
             in_order(lambda slot: source.read(slot.given), work, write, slots, threads)
             complaint = source.ffmpeg.complaint()
             if not complaint and source.total and frames < 0.9 * source.total:

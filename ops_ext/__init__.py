@@ -33,6 +33,8 @@ __all__ = [
     "confusion_matrix",
     "confusion_matrix_reference",
     "implementations",
+    "overlay_plane",
+    "overlay_plane_reference",
     "upsample_argmax",
     "upsample_argmax_reference",
     "upsample_cross_entropy",
@@ -394,6 +396,38 @@ def _colour_matrix(kr: float, kb: float, full_range: bool) -> tuple[int, ...]:
     red_v, blue_u = 2 - 2 * kr, 2 - 2 * kb
     factors = (red_v, -blue_u * kb / (1 - kr - kb), -red_v * kr / (1 - kr - kb), blue_u)
     return black, round(2**16 * 255 / light), *(round(2**16 * 255 / colour * factor) for factor in factors)
+
+
+# ----------------------------------------------------------------------------------------------------------- overlay_plane
+
+
+def overlay_plane_reference(plane: Tensor, labels: Tensor, colours: Tensor, keep: int, out: Tensor, step: int = 1) -> Tensor:
+    """`overlay_plane` in plain PyTorch."""
+    rows, columns = (torch.arange(size) for size in out.shape)
+    pixels = plane[rows.clamp(max=plane.shape[0] - 1)][:, columns.clamp(max=plane.shape[1] - 1)]
+    ids = labels[(step * rows).clamp(max=labels.shape[0] - 1)][:, (step * columns).clamp(max=labels.shape[1] - 1)]
+    return out.copy_((pixels.int() * keep + 128 >> 8) + colours[ids.int()])
+
+
+def overlay_plane(plane: Tensor, labels: Tensor, colours: Tensor, keep: int, out: Tensor, step: int = 1) -> Tensor:
+    """A label map's colours over one plane of a video frame, on the CPU: round(plane * keep / 256) + colours[labels].
+
+    Args:
+        plane: (h, w) uint8.
+        labels: (H, W) uint8; of every `step` rows and columns the first ones count.
+        colours: (256,) uint8, at most 255 * (256 - keep) / 256: what is added for each label.
+        keep: what remains of the plane, 0 to 256.
+        out: uint8, the result's memory, which may be the plane's. Beyond the plane, and the labels, their last rows and columns
+            go on.
+        step: 2 for the planes of U and V in 4:2:0.
+
+    Returns:
+        out.
+    """
+    if not _compiled("cpu"):
+        return overlay_plane_reference(plane, labels, colours, keep, out, step)
+    torch.ops.ops_ext.overlay_plane(plane, labels, colours, keep, step, out)
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------- deployment

@@ -945,6 +945,57 @@ void yuv420_to_rgb(const Tensor& planes, int64_t black, int64_t luma, int64_t re
   });
 }
 
+// ----------------------------------------------------------------------------------------------------------- overlay_plane
+
+// Colours of TILE labels. Mostly 8 of them are one, which a comparison of words tells.
+template <int TILE>
+inline void look_up(const uint8_t* labels, const uint8_t* colours, uint8_t* to) {
+  constexpr uint64_t EACH = 0x0101010101010101;
+  for (int i = 0; i < TILE; i += 8) {
+    const auto word = load<uint64_t>(labels + i);
+    if (word == (word & 255) * EACH)
+      store(to + i, colours[word & 255] * EACH);
+    else
+      for (int k = i; k < i + 8; ++k) to[k] = colours[labels[k]];
+  }
+}
+
+void overlay_plane(const Tensor& plane, const Tensor& labels, const Tensor& colours, int64_t keep, int64_t step, Tensor out) {
+  for (const Tensor* each : {&plane, &labels, static_cast<const Tensor*>(&out)})
+    check(each->dim() == 2 && each->scalar_type() == ScalarType::Byte && each->stride(1) == 1 && each->numel() > 0,
+          "a plane has shape ", shape(*each), ", expected uint8 (H, W), not empty, with the pixels of a row side by side");
+  check(colours.scalar_type() == ScalarType::Byte && colours.is_contiguous() && colours.numel() == 256,
+        "colours hold ", colours.numel(), " values, expected 256 contiguous uint8");
+  check(keep >= 0 && keep <= 256 && step >= 1, "keep is ", keep, ", step ", step, ", expected 0 to 256 and at least 1");
+  const auto* from = static_cast<const uint8_t*>(plane.const_data_ptr());
+  const auto* label = static_cast<const uint8_t*>(labels.const_data_ptr());
+  const auto* colour = static_cast<const uint8_t*>(colours.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
+  const auto kept = static_cast<uint16_t>(keep);
+  const int64_t height = out.size(0), width = out.size(1), last = plane.size(1) - 1, last_label = labels.size(1) - 1;
+  parallel_for(0, height, 64, [&](int64_t begin, int64_t end) {
+    constexpr int TILE = 64;
+    for (int64_t y = begin; y < end; ++y) {
+      const uint8_t* pixels = from + std::min(y, plane.size(0) - 1) * plane.stride(0);
+      const uint8_t* ids = label + std::min(y * step, labels.size(0) - 1) * labels.stride(0);
+      uint8_t* row = to + y * out.stride(0);
+      int64_t x = 0;
+      for (; x + TILE <= std::min(width, last + 1) && (x + TILE) * step <= last_label + 1; x += TILE) {
+        uint8_t chosen[TILE], given[TILE];  // arrays of their own, so that the compiler makes vectors of the last loop
+        if (step == 1)
+          look_up<TILE>(ids + x, colour, chosen);
+        else
+          for (int i = 0; i < TILE; ++i) chosen[i] = colour[ids[(x + i) * step]];
+        std::memcpy(given, pixels + x, TILE);
+        for (int i = 0; i < TILE; ++i) chosen[i] += static_cast<uint16_t>(given[i] * kept + 128) >> 8;
+        std::memcpy(row + x, chosen, TILE);
+      }
+      for (; x < width; ++x)
+        row[x] = ((pixels[std::min(x, last)] * kept + 128) >> 8) + colour[ids[std::min(x * step, last_label)]];
+    }
+  });
+}
+
 }  // namespace
 }  // namespace ops_ext
 
@@ -956,4 +1007,5 @@ STABLE_TORCH_LIBRARY_IMPL(ops_ext, CPU, m) {
   m.impl("upsample_cross_entropy_backward", TORCH_BOX(&ops_ext::upsample_cross_entropy_backward));
   m.impl("confusion_matrix", TORCH_BOX(&ops_ext::confusion_matrix));
   m.impl("yuv420_to_rgb", TORCH_BOX(&ops_ext::yuv420_to_rgb));
+  m.impl("overlay_plane", TORCH_BOX(&ops_ext::overlay_plane));
 }
