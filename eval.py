@@ -2,7 +2,8 @@
 
     python eval.py --weights runs/checkpoints/best_model.pth                      # Cityscapes val at full resolution
     python eval.py --weights W --dataset camvid --data datasets/camvid --sheet sheet.png
-    python eval.py --weights W --predict PHOTOS --out DIR                         # coloured overlays
+    python eval.py --weights W --predict PATH --out DIR                           # coloured overlays of pictures and videos
+    ffmpeg ... -pix_fmt rgb24 -f rawvideo - | python eval.py --weights W --predict - --size 512 1024 --out - | ...
     python eval.py --benchmark                                                    # speed, no weights needed
     python eval.py --weights W --export model.onnx                                # for other runtimes: image in, labels out
     torchrun --nproc_per_node=8 eval.py --weights W                               # shares the images out
@@ -761,7 +762,7 @@ def segment_raw(
     def read(slot: Slot) -> bool:
         got = fill(source, slot.given)
         if 0 < got < slot.given.size:
-            raise DataError(f"stdin ended within frame {count + 1}, after {got} of {slot.given.size} bytes; is --size right?")
+            raise DataError(f"stdin ended within a frame, after {got} of {slot.given.size} bytes; is --size right?")
         return got > 0
 
     def work(slot: Slot) -> None:
@@ -849,20 +850,33 @@ def _has_encoder(name: str) -> bool:
 
 
 def probe(path: Path) -> dict:
-    """What ffprobe says of a video: rates, duration, colours, and "audio", its codecs; empty without ffprobe."""
+    """What ffprobe says of a video: rates, duration, colours; "delay" of the first frame in s, "audio", its codecs.
+
+    Empty without ffprobe.
+    """
     if shutil.which("ffprobe") is None:
         return {}
-    wanted = "stream=codec_type,codec_name,r_frame_rate,avg_frame_rate,duration,nb_frames,color_space,color_primaries,"
-    wanted += "color_transfer:stream_disposition=attached_pic:format=duration"
+    wanted = "stream=codec_type,codec_name,r_frame_rate,avg_frame_rate,start_time,duration,nb_frames,color_space,"
+    wanted += "color_primaries,color_transfer:stream_disposition=attached_pic:format=start_time,duration"
     command = ["ffprobe", "-v", "quiet", *_local(path), "-show_entries", wanted, "-of", "json"]
     try:
         facts = json.loads(subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL).stdout)
-        streams = facts.get("streams", [])
-        of_video = [s for s in streams if s.get("codec_type") == "video" and not s.get("disposition", {}).get("attached_pic")]
-        audio = [s.get("codec_name") for s in streams if s.get("codec_type") == "audio"]
-        return {**facts.get("format", {}), **(of_video[0] if of_video else {}), "audio": audio}
     except ValueError:
         return {}
+    streams, whole = facts.get("streams", []), facts.get("format", {})
+    of_video = [s for s in streams if s.get("codec_type") == "video" and not s.get("disposition", {}).get("attached_pic")]
+    video = of_video[0] if of_video else {}
+    delay = (_number_in(video.get("start_time")) or 0) - (_number_in(whole.get("start_time")) or 0)
+    audio = [s.get("codec_name") for s in streams if s.get("codec_type") == "audio"]
+    return {**whole, **video, "delay": delay, "audio": audio}
+
+
+def _number_in(text: str | None) -> float | None:
+    """A number that ffprobe gives, if it does."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
 
 
 class VideoFrames:
@@ -881,10 +895,13 @@ class VideoFrames:
     def __init__(self, path: Path):
         self.path, self.facts = path, probe(path)
         nominal, average = (self._rate(self.facts.get(key)) for key in ("r_frame_rate", "avg_frame_rate"))
-        # Frames that come at irregular times are put to a constant rate, their average one, by leaving out or repeating some:
-        # ffmpeg would take the nominal rate, of which a phone's or a screen's may be a hundred times too high.
-        irregular = nominal and average and abs(average / nominal - 1) > 0.01
-        rate = ("-r", str(average)) if irregular else ()
+        seconds = _number_in(self.facts.get("duration"))
+        # Every frame once, unless they come at irregular times, so that in the end they would be off by more than a tenth of a
+        # second. Such are put to a constant rate by leaving out or repeating some, to their average one: ffmpeg would take the
+        # nominal rate, which of a phone's or a screen's video may be a hundred times too high.
+        irregular = not (nominal and average) or abs(average / nominal - 1) * (seconds or 10) > 0.1
+        rate = ("-r", str(average)) if irregular and average else () if irregular else ("-vf", "setpts=N/FRAME_RATE/TB")
+        self.delay = 0 if irregular else max(0, self.facts.get("delay", 0))  # of the first frame, in seconds
         self.ffmpeg = Ffmpeg(
             *_local(path), "-map", "0:V:0", *rate, "-pix_fmt", "yuv420p", "-f", "yuv4mpegpipe", "pipe:1",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -903,10 +920,8 @@ class VideoFrames:
             self.close()
             raise
         self.full_range = "XCOLORRANGE=FULL" in self.header
-        count, seconds = self.facts.get("nb_frames"), self.facts.get("duration")
-        with contextlib.suppress(TypeError, ValueError):
-            self.total = None
-            self.total = int(count) if count and not irregular else round(float(seconds) * self.rate)
+        count = _number_in(self.facts.get("nb_frames"))
+        self.total = count if count and not irregular else seconds and round(seconds * self.rate)
 
     @staticmethod
     def _rate(text: str | None) -> Fraction | None:
@@ -931,12 +946,12 @@ class VideoFile:
     def __init__(self, target: Path, source: VideoFrames, size: tuple[int, int], style: str, preset: str):
         self.target, self.partial = target, target.with_name(f"{target.name}.partial")
         target.parent.mkdir(parents=True, exist_ok=True)
-        x264 = _has_encoder("libx264")
         if style == "labels":
-            codec = ("-c:v", "libx264", "-preset", preset, "-qp", "0") if x264 else ("-c:v", "ffv1")
-            arguments = (*codec, "-pix_fmt", "gray", "-f", "matroska")
+            arguments = ("-c:v", "ffv1", "-pix_fmt", "gray", "-f", "matroska")
         else:
-            codec = ("-c:v", "libx264", "-preset", preset, "-crf", "23") if x264 else ("-c:v", "mpeg4", "-q:v", "3")
+            codec = ("-c:v", "libx264", "-preset", preset, "-crf", "23")
+            if not _has_encoder("libx264"):
+                codec = ("-c:v", "mpeg4", "-q:v", "3")
             names = {"colorspace": "color_space", "color_primaries": "color_primaries", "color_trc": "color_transfer"}
             tags = {name: source.facts[key] for name, key in names.items() if source.facts.get(key, "unknown") != "unknown"}
             tags = ("-vf", "setparams=" + ":".join(f"{name}={value}" for name, value in tags.items())) if tags else ()
@@ -957,7 +972,16 @@ class VideoFile:
                 "mp4",
             )
         self.ffmpeg = Ffmpeg(
-            "-y", "-f", "yuv4mpegpipe", "-i", "pipe:0", *arguments, f"file:{self.partial.absolute()}", stdin=subprocess.PIPE
+            "-y",
+            "-itsoffset",
+            f"{source.delay:.6f}",
+            "-f",
+            "yuv4mpegpipe",
+            "-i",
+            "pipe:0",
+            *arguments,
+            f"file:{self.partial.absolute()}",
+            stdin=subprocess.PIPE,
         )
         fields = [field for field in source.header if field[0] not in "WH" and (style != "labels" or field[0] not in "CX")]
         fields = [f"W{size[1]}", f"H{size[0]}", *fields, *(["Cmono"] if style == "labels" else [])]
@@ -1098,7 +1122,7 @@ def segment_video(
             slots = [in_yuv.slot() for _ in range(threads + 2)]
             in_order(lambda slot: source.read(slot.given), work, write, slots, threads)
             complaint = source.ffmpeg.complaint()
-            if not complaint and source.total and frames < 0.9 * source.total:
+            if not complaint and "nb_frames" in source.facts and source.total and frames < 0.9 * source.total:
                 complaint = "it ends early"
             if not frames:
                 raise DataError(f"{path}: no frame of it can be decoded ({complaint or 'it holds none'}); replace the file")
@@ -1121,7 +1145,7 @@ def segment_picture(path: Path, target: Path, segment: Callable[[Tensor], Tensor
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")  # half a file must not look whole
     try:
-        painter.picture(image, label).save(partial, "PNG")
+        painter.picture(image, label).save(partial, "PNG", compress_level=1)  # a quarter of the time, a tenth more bytes
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
