@@ -174,6 +174,9 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def("upsample_cross_entropy_backward(Tensor pixel_grad, Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
         "float label_smoothing, bool align_corners) -> Tensor");
   m.def("confusion_matrix(Tensor prediction, Tensor target, int num_classes, int ignore_index) -> Tensor");
+  m.def("yuv420_to_rgb(Tensor planes, int black, int luma, int red_v, int green_u, int green_v, int blue_u, "
+        "Tensor(a!) out) -> ()");
+  m.def("overlay_plane(Tensor plane, Tensor labels, Tensor colours, int keep, int step, Tensor(a!) out) -> ()");
 }
 
 }  // namespace ops_ext

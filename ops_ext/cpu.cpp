@@ -858,6 +858,144 @@ Tensor confusion_matrix(const Tensor& prediction, const Tensor& target, int64_t 
   return out;
 }
 
+// ---------------------------------------------------------------------------------------------------------- yuv420_to_rgb
+
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+// Red, green and blue of 16 pixels side by side. Left to itself the compiler writes them byte by byte.
+inline void interleave(const Bytes& r, const Bytes& g, const Bytes& b, uint8_t* to) {
+  // Of each third of the result first what is red or green, with anything in place of blue, then what is blue.
+  const Bytes rg0 = __builtin_shufflevector(r, g, 0, 16, 0, 1, 17, 0, 2, 18, 0, 3, 19, 0, 4, 20, 0, 5);
+  const Bytes rg1 = __builtin_shufflevector(r, g, 21, 0, 6, 22, 0, 7, 23, 0, 8, 24, 0, 9, 25, 0, 10, 26);
+  const Bytes rg2 = __builtin_shufflevector(r, g, 0, 11, 27, 0, 12, 28, 0, 13, 29, 0, 14, 30, 0, 15, 31, 0);
+  store(to, __builtin_shufflevector(rg0, b, 0, 1, 16, 3, 4, 17, 6, 7, 18, 9, 10, 19, 12, 13, 20, 15));
+  store(to + 16, __builtin_shufflevector(rg1, b, 0, 21, 2, 3, 22, 5, 6, 23, 8, 9, 24, 11, 12, 25, 14, 15));
+  store(to + 32, __builtin_shufflevector(rg2, b, 26, 1, 2, 27, 4, 5, 28, 7, 8, 29, 10, 11, 30, 13, 14, 31));
+}
+
+// Factors in multiples of 2^-16.
+struct ColourMatrix {
+  static constexpr int TILE = 128;  // pixels
+  int32_t black, luma, red_v, green_u, green_v, blue_u;
+
+  // A tile of `lines` rows, `stride` apart, that share TILE / 2 values of U and V. Plain loops over arrays of its own: these
+  // the compiler turns into vectors, where it would convert vectors of its own type value by value.
+  void convert(const uint8_t* y, int64_t stride, int64_t lines, const uint8_t* u, const uint8_t* v, uint8_t* rgb) const {
+    int32_t red[TILE], green[TILE], blue[TILE];
+    uint8_t uu[TILE], vv[TILE], r[TILE], g[TILE], b[TILE];
+    for (int i = 0; i < TILE; i += 16) {
+      store(uu + i, twice(u + i / 2));
+      store(vv + i, twice(v + i / 2));
+    }
+    const int32_t offset = (1 << 15) - luma * black;
+    for (int i = 0; i < TILE; ++i) {
+      const int32_t du = uu[i] - 128, dv = vv[i] - 128;
+      red[i] = red_v * dv + offset;
+      green[i] = green_u * du + green_v * dv + offset;
+      blue[i] = blue_u * du + offset;
+    }
+    for (int64_t line = 0; line < lines; ++line) {
+      uint8_t yy[TILE];
+      std::memcpy(yy, y + line * stride, TILE);
+      for (int i = 0; i < TILE; ++i) {
+        const int32_t light = luma * yy[i];
+        r[i] = std::min(std::max((light + red[i]) >> 16, 0), 255);
+        g[i] = std::min(std::max((light + green[i]) >> 16, 0), 255);
+        b[i] = std::min(std::max((light + blue[i]) >> 16, 0), 255);
+      }
+      uint8_t* to = rgb + 3 * line * stride;
+      for (int i = 0; i < TILE; i += 16) interleave(load<Bytes>(r + i), load<Bytes>(g + i), load<Bytes>(b + i), to + 3 * i);
+    }
+  }
+
+  static Bytes twice(const uint8_t* half) {
+    Bytes each{};
+    std::memcpy(&each, half, 8);
+    return __builtin_shufflevector(each, each, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  }
+};
+
+void yuv420_to_rgb(const Tensor& planes, int64_t black, int64_t luma, int64_t red_v, int64_t green_u, int64_t green_v,
+                   int64_t blue_u, Tensor out) {
+  check(out.dim() == 3 && out.size(2) == 3 && out.scalar_type() == ScalarType::Byte && out.is_contiguous(),
+        "out has shape ", shape(out), ", expected contiguous uint8 (H, W, 3)");
+  const int64_t height = out.size(0), width = out.size(1), h = (height + 1) / 2, w = (width + 1) / 2;
+  check(planes.scalar_type() == ScalarType::Byte && planes.is_contiguous() && planes.numel() == height * width + 2 * h * w,
+        "planes hold ", planes.numel(), " values, expected ", height * width + 2 * h * w, " contiguous uint8 for out");
+  const auto* y_plane = static_cast<const uint8_t*>(planes.const_data_ptr());
+  auto* rgb = static_cast<uint8_t*>(out.mutable_data_ptr());
+  const ColourMatrix matrix{static_cast<int32_t>(black),   static_cast<int32_t>(luma),    static_cast<int32_t>(red_v),
+                            static_cast<int32_t>(green_u), static_cast<int32_t>(green_v), static_cast<int32_t>(blue_u)};
+  constexpr int TILE = ColourMatrix::TILE;
+  parallel_for(0, h, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t lines = std::min<int64_t>(2, height - 2 * row);
+      const uint8_t *y = y_plane + 2 * row * width, *u = y_plane + height * width + row * w, *v = u + h * w;
+      uint8_t* to = rgb + 6 * row * width;
+      int64_t x = 0;
+      for (; x + TILE <= width; x += TILE) matrix.convert(y + x, width, lines, u + x / 2, v + x / 2, to + 3 * x);
+      if (x == width) continue;
+      uint8_t ys[2 * TILE] = {}, us[TILE / 2] = {}, vs[TILE / 2] = {}, last[6 * TILE];  // fewer pixels, through copies
+      std::memcpy(us, u + x / 2, w - x / 2);
+      std::memcpy(vs, v + x / 2, w - x / 2);
+      for (int64_t line = 0; line < lines; ++line) std::memcpy(ys + TILE * line, y + line * width + x, width - x);
+      matrix.convert(ys, TILE, lines, us, vs, last);
+      for (int64_t line = 0; line < lines; ++line) std::memcpy(to + 3 * (line * width + x), last + 3 * TILE * line, 3 * (width - x));
+    }
+  });
+}
+
+// ----------------------------------------------------------------------------------------------------------- overlay_plane
+
+// Colours of TILE labels. Mostly 8 of them are one, which a comparison of words tells.
+template <int TILE>
+inline void look_up(const uint8_t* labels, const uint8_t* colours, uint8_t* to) {
+  constexpr uint64_t EACH = 0x0101010101010101;
+  for (int i = 0; i < TILE; i += 8) {
+    const auto word = load<uint64_t>(labels + i);
+    if (word == (word & 255) * EACH)
+      store(to + i, colours[word & 255] * EACH);
+    else
+      for (int k = i; k < i + 8; ++k) to[k] = colours[labels[k]];
+  }
+}
+
+void overlay_plane(const Tensor& plane, const Tensor& labels, const Tensor& colours, int64_t keep, int64_t step, Tensor out) {
+  for (const Tensor* each : {&plane, &labels, static_cast<const Tensor*>(&out)})
+    check(each->dim() == 2 && each->scalar_type() == ScalarType::Byte && each->stride(1) == 1 && each->numel() > 0,
+          "a plane has shape ", shape(*each), ", expected uint8 (H, W), not empty, with the pixels of a row side by side");
+  check(colours.scalar_type() == ScalarType::Byte && colours.is_contiguous() && colours.numel() == 256,
+        "colours hold ", colours.numel(), " values, expected 256 contiguous uint8");
+  check(keep >= 0 && keep <= 256 && step >= 1, "keep is ", keep, ", step ", step, ", expected 0 to 256 and at least 1");
+  const auto* from = static_cast<const uint8_t*>(plane.const_data_ptr());
+  const auto* label = static_cast<const uint8_t*>(labels.const_data_ptr());
+  const auto* colour = static_cast<const uint8_t*>(colours.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
+  const auto kept = static_cast<uint16_t>(keep);
+  const int64_t height = out.size(0), width = out.size(1), last = plane.size(1) - 1, last_label = labels.size(1) - 1;
+  parallel_for(0, height, 64, [&](int64_t begin, int64_t end) {
+    constexpr int TILE = 64;
+    for (int64_t y = begin; y < end; ++y) {
+      const uint8_t* pixels = from + std::min(y, plane.size(0) - 1) * plane.stride(0);
+      const uint8_t* ids = label + std::min(y * step, labels.size(0) - 1) * labels.stride(0);
+      uint8_t* row = to + y * out.stride(0);
+      int64_t x = 0;
+      for (; x + TILE <= std::min(width, last + 1) && (x + TILE) * step <= last_label + 1; x += TILE) {
+        uint8_t chosen[TILE], given[TILE];  // arrays of their own, so that the compiler makes vectors of the last loop
+        if (step == 1)
+          look_up<TILE>(ids + x, colour, chosen);
+        else
+          for (int i = 0; i < TILE; ++i) chosen[i] = colour[ids[(x + i) * step]];
+        std::memcpy(given, pixels + x, TILE);
+        for (int i = 0; i < TILE; ++i) chosen[i] += static_cast<uint16_t>(given[i] * kept + 128) >> 8;
+        std::memcpy(row + x, chosen, TILE);
+      }
+      for (; x < width; ++x)
+        row[x] = ((pixels[std::min(x, last)] * kept + 128) >> 8) + colour[ids[std::min(x * step, last_label)]];
+    }
+  });
+}
+
 }  // namespace
 }  // namespace ops_ext
 
@@ -868,4 +1006,6 @@ STABLE_TORCH_LIBRARY_IMPL(ops_ext, CPU, m) {
   m.impl("upsample_cross_entropy", TORCH_BOX(&ops_ext::upsample_cross_entropy));
   m.impl("upsample_cross_entropy_backward", TORCH_BOX(&ops_ext::upsample_cross_entropy_backward));
   m.impl("confusion_matrix", TORCH_BOX(&ops_ext::confusion_matrix));
+  m.impl("yuv420_to_rgb", TORCH_BOX(&ops_ext::yuv420_to_rgb));
+  m.impl("overlay_plane", TORCH_BOX(&ops_ext::overlay_plane));
 }
