@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import fcntl
 import functools
 import hashlib
 import importlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import queue
 import re
@@ -117,6 +117,9 @@ def exit_status(program: str, main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
+    finally:
+        for worker in multiprocessing.active_children():  # of a loader that an error left behind
+            worker.kill()
 
 
 # --------------------------------------------------------------------------------------------------- devices and processes
@@ -199,10 +202,11 @@ def name_of_this_start(store: dist.Store, rank: int, world_size: int, timeout_mi
 def outlive_signals(_: int) -> None:
     """For a loader's worker: what is sent to all processes at once is for the one that reads from it, which ends this one.
 
-    A Ctrl-C is ignored, and the first SIGTERM; a second one, which that process sends when it leaves, counts.
+    A Ctrl-C is ignored, and SIGTERM obeyed 5 seconds later, when the other has done its step and saved.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
 
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
@@ -806,7 +810,9 @@ def write_all(file: io.RawIOBase, memory: np.ndarray) -> None:
 
 def _widen(pipe: io.RawIOBase) -> None:
     """Lets a pipe hold 1 MiB, where the system has that: fewer changes between the processes."""
-    with contextlib.suppress(AttributeError, OSError):
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        import fcntl
+
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 2**20)
 
 

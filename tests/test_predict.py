@@ -223,7 +223,7 @@ def test_results_below_the_folder_are_not_segmented_again(tmp_path, capsys):
         (["--predict", "-", "--size", "64", "64"], "--predict - and --out - go together"),
         (["--predict", "{}", "--out", "-"], "--predict - and --out - go together"),
         (["--predict", "-", "--out", "-"], "needs the frames' --size H W in pixels, of at least 32 each"),
-        (["--predict", "-", "--out", "-", "--size", "31", "64"], "needs the frames' --size H W in pixels, of at least 32 each"),
+        (["--predict", "-", "--out", "-", "--size", "31", "64"], "--size is 31 64, expected at least 32 pixels each"),
         (["--predict", "-", "--out", "-", "--size", "64", "64", "--legend"], "--legend makes pictures higher"),
         (["--predict", "{}", "--legend", "--style", "labels"], "--legend names colours"),
         (["--predict", "{}", "--strength", "1.5"], "--strength is 1.5, expected 0 to 1"),
