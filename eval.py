@@ -595,14 +595,28 @@ class Chart:
         shape([DRAWN * (x - radius), DRAWN * (y - radius), DRAWN * (x + radius), DRAWN * (y + radius)], colour)
 
     def text(
-        self, x: float, y: float, text: str, size: float = 11, colour=None, align: float = 0, turned: bool = False
+        self,
+        x: float,
+        y: float,
+        text: str,
+        size: float = 12,
+        colour=None,
+        align: float = 0,
+        turned: bool = False,
+        on_paper: bool = False,
     ) -> None:
-        """Text about the height y; x is its start, middle or end for `align` 0, 0.5 or 1. Turned, it reads upwards, and so do they."""
+        """Text about the height y; x is its start, middle or end for `align` 0, 0.5 or 1.
+
+        Turned, it reads upwards, about x and aligned along y; `on_paper`, nothing that was drawn before shows between its letters.
+        """
         mask = _text_mask(text, round(DRAWN * size))
         along, across = round(align * mask.width), mask.height // 2
         if turned:
             mask, along, across = mask.transpose(Image.Transpose.ROTATE_90), across, round((1 - align) * mask.width)
-        self.image.paste(colour or self.theme.ink, (round(DRAWN * x) - along, round(DRAWN * y) - across), mask)
+        left, top = round(DRAWN * x) - along, round(DRAWN * y) - across
+        if on_paper:
+            self.draw.rectangle([left - DRAWN, top, left + mask.width + DRAWN, top + mask.height], self.theme.paper)
+        self.image.paste(colour or self.theme.ink, (left, top), mask)
 
     def axes(
         self, box: tuple, x: tuple[float, float], y: Sequence[float], x_title: str = "", y_title: str = ""
@@ -633,8 +647,8 @@ class Chart:
             if x_title:
                 self.text(across(value), bottom + 13, label, colour=self.theme.muted, align=0.5)
         self.line([(left, bottom), (right, bottom)], self.theme.muted)
-        self.text((left + right) / 2, bottom + 31, x_title, 12, align=0.5)
-        self.text(10, (top + bottom) / 2, y_title, 12, align=0.5, turned=True)
+        self.text((left + right) / 2, bottom + 31, x_title, 13, align=0.5)
+        self.text(10, (top + bottom) / 2, y_title, 13, align=0.5, turned=True)
         return across, up
 
     def png(self) -> bytes:
@@ -663,9 +677,9 @@ def _text_mask(text: str, size: int) -> Image.Image:
     return mask
 
 
-def _class_labels(classes: Classes, width: float, size: float = 11) -> list[str]:
+def _class_labels(classes: Classes, width: float, size: float = 12) -> list[str]:
     """The classes' names as a chart shows them: shortened to `width`, or as numbers where the font lacks their letters."""
-    font = _font(DRAWN * 11)
+    font = _font(DRAWN * 12)
     unknown = bytes(font.getmask("\U0010ffff")) if isinstance(font, ImageFont.FreeTypeFont) else None
 
     def label(number: int, name: str) -> str:
@@ -707,24 +721,25 @@ def read_records(path: Path) -> tuple[list[dict], list[dict], int]:
     kept: dict[str, list[dict]] = {"train": [], "val": []}
     broken = 0
 
-    def is_number(value: object) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30  # nor is nan
+    def number(value: object, most: float) -> float | None:
+        fine = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most  # nor is nan
+        return value if fine else None
 
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-            kind = record["kind"]
-            position, *values = (record[name] for name in needed[kind])
+            names = needed[record["kind"]]
+            place = number(record[names[0]], 1e15)
+            values = {name: number(record[name], 1 if record["kind"] == "val" else 1e30) for name in names[1:]}
         except (ValueError, KeyError, TypeError, RecursionError):
+            place = None
+        if place is None:
             broken += bool(line.strip())  # cut off when the run was
             continue
-        if not is_number(position) or not all(value is None or isinstance(value, int | float) for value in values):
-            broken += 1
-            continue
-        records, name = kept[kind], needed[kind][0]
-        while records and records[-1][name] >= position:
+        records = kept[record["kind"]]
+        while records and records[-1][names[0]] >= place:
             records.pop()
-        records.append({**record, **{n: v if is_number(v) else None for n, v in zip(needed[kind][1:], values)}})
+        records.append({names[0]: place, **values})
     return kept["train"], kept["val"], broken
 
 
@@ -732,27 +747,24 @@ def loss_chart(records: list[dict], theme: Theme) -> Chart:
     """The training loss over the steps, as logged and smoothed, and the learning rate below. There is at least one loss."""
     chart = Chart(480, 390, theme)
     steps, losses = np.array([(r["step"], r["loss"]) for r in records if r["loss"] is not None], float).T
-    half = len(losses) // 40  # of the window: each mean is over the records so far before and behind
-    total = np.concatenate([[0], np.cumsum(losses)])
-    at = np.arange(len(losses))
-    reach = np.minimum(np.minimum(at, at[::-1]), half)  # as far on either side, so that the ends are not skewed
-    smooth = (total[at + reach + 1] - total[at - reach]) / (2 * reach + 1)
-    span = records[0]["step"], records[-1]["step"]
-    # A few outliers, of the first steps for the most part, would press all else flat; they are drawn on the upper edge.
-    high = max(np.quantile(losses, 0.98), smooth[half:].max())
-    across, up = chart.axes((58, 30, 466, 238), span, ticks(min(0, losses.min()), high), y_title="training loss")
     drawn = sorted({*range(0, len(losses), math.ceil(len(losses) / MAX_POINTS)), len(losses) - 1})
+    half = len(losses) // 40  # of the window; near the start, where the loss falls, it reaches as far ahead as back
+    smooth = [np.median(losses[max(0, i - half) : i + min(half, i) + 1]) for i in drawn]
+    # A few outliers would press all else flat; they are drawn on the upper edge.
+    scale = ticks(0, min(max(smooth), 4 * np.quantile(losses, 0.9)))
+    top, span = 30, (0, records[-1]["step"])
+    across, up = chart.axes((58, top, 454, 238), span, scale, y_title="training loss")
     for i in drawn:
-        chart.mark(across(steps[i]), max(30, up(losses[i])), theme.mix(theme.first, 0.4), 1.4)
-    chart.line([(across(steps[i]), max(30, up(smooth[i]))) for i in drawn], theme.first, 2)
+        chart.mark(across(steps[i]), max(top, up(losses[i])), theme.mix(theme.first, 0.4), 1.4)
+    chart.line([(across(steps[i]), max(top, up(value))) for i, value in zip(drawn, smooth)], theme.first, 2)
     chart.mark(66, 12, theme.mix(theme.first, 0.4), 2)
     chart.text(76, 12, "as logged")
     if half:
         chart.line([(156, 12), (176, 12)], theme.first, 2)
-        chart.text(184, 12, f"mean of {2 * half + 1} records")
+        chart.text(184, 12, f"median of {2 * half + 1} records")
     rates = [(r["step"], r["lr"]) for r in records if r["lr"] is not None]
     highest = max((rate for _, rate in rates), default=0) or 1
-    across, up = chart.axes((58, 264, 466, 342), span, ticks(0, highest, 2), "step", "learning rate")
+    across, up = chart.axes((58, 264, 454, 342), span, ticks(0, highest, 3), "step", "learning rate")
     chart.line([(across(step), up(rate)) for step, rate in rates[:: math.ceil(len(rates) / MAX_POINTS) or 1]], theme.second, 2)
     return chart
 
@@ -765,7 +777,8 @@ def validation_chart(records: list[dict], theme: Theme) -> Chart:
         curves.append((title, [(r["epoch"], 100 * r[name]) for r in records if r[name] is not None]))
     values = [value for _, curve in curves for _, value in curve] or [0, 100]
     scale = ticks(max(0, min(values) - 2), min(100, max(values) + 2))
-    across, up = chart.axes((58, 46, 466, 342), (records[0]["epoch"], records[-1]["epoch"]), scale, "epoch", "%")
+    span = records[0]["epoch"], records[-1]["epoch"]
+    across, up = chart.axes((58, 46, 454, 342), span, scale, "epoch", "mIoU and pixel accuracy, %")
     for row, ((title, curve), colour) in enumerate(zip(curves, (theme.first, theme.second))):
         points = [(across(epoch), up(value)) for epoch, value in curve]
         chart.line(points, colour, 2)
@@ -783,26 +796,26 @@ def validation_chart(records: list[dict], theme: Theme) -> Chart:
 def class_chart(class_iou: dict[str, float | None], miou: float | None, classes: Classes, theme: Theme) -> Chart:
     """A bar for each class, in its colour, as long as its IoU; "-" for one that does not occur."""
     row = 20 if len(class_iou) <= 40 else 14
-    left, top, right = 128, 22, 430
+    left, top, right = 128, 22, 426
     bottom = top + row * len(class_iou)
     chart = Chart(480, bottom + 44, theme)
     for value in range(0, 101, 20):
         x = left + (right - left) * value / 100
         chart.line([(x, top), (x, bottom + 4)], theme.grid)
         chart.text(x, bottom + 13, str(value), colour=theme.muted, align=0.5)
+    if miou is not None:
+        x = left + (right - left) * miou
+        for y in range(top - 4, bottom, 6):
+            chart.line([(x, y), (x, min(y + 3, bottom))], theme.muted)
+        chart.text(x, 9, f"mean {100 * miou:.1f}", align=0.5)
     for i, (value, label) in enumerate(zip(class_iou.values(), _class_labels(classes, left - 16))):
         y, end = top + row * i, left + (right - left) * (value or 0)
         chart.text(left - 8, y + row / 2, label, align=1)
         if value is not None:
             chart.box(left, y + 3, end, y + row - 3, tuple(classes.colours[i]), theme.muted)
-        chart.text(end + 6, y + row / 2, "-" if value is None else f"{100 * value:.1f}")
-    if miou is not None:
-        x = left + (right - left) * miou
-        for y in range(top, bottom, 6):
-            chart.line([(x, y), (x, min(y + 3, bottom))], theme.ink)
-        chart.text(x, 10, f"mean {100 * miou:.1f}", align=0.5)
+        chart.text(end + 6, y + row / 2, "-" if value is None else f"{100 * value:.1f}", on_paper=True)
     chart.line([(left, top), (left, bottom)], theme.muted)
-    chart.text((left + right) / 2, bottom + 31, "IoU, %", 12, align=0.5)
+    chart.text((left + right) / 2, bottom + 31, "IoU, %", 13, align=0.5)
     return chart
 
 
@@ -814,12 +827,12 @@ def confusion_chart(confusion: Tensor, classes: Classes, theme: Theme) -> Chart:
     matrix = confusion.double().numpy()
     totals, count = matrix.sum(1), len(matrix)
     cell = min(34.0, 600 / count)
-    names = _class_labels(classes, 102) if cell >= 11 else [str(i) if i % 10 == 0 else "" for i in range(count)]
-    margin = 24 + max(_text_mask(name, 11 * DRAWN).width for name in names) / DRAWN + 8
+    names = _class_labels(classes, 102) if cell >= 12 else [str(i) if i % 10 == 0 else "" for i in range(count)]
+    margin = 24 + max(_text_mask(name, 12 * DRAWN).width for name in names) / DRAWN + 8
     side = cell * count
     chart = Chart(margin + max(side, 60) + 62, margin + max(side, 110) + 8, theme)
-    chart.text(margin + side / 2, 10, "prediction", 12, align=0.5)
-    chart.text(10, margin + side / 2, "truth", 12, align=0.5, turned=True)
+    chart.text(margin + side / 2, 10, "prediction", 13, align=0.5)
+    chart.text(10, margin + side / 2, "truth", 13, align=0.5, turned=True)
     for i, name in enumerate(names):
         middle = margin + cell * (i + 0.5)
         chart.text(margin - 6, middle, name, align=1)
@@ -828,12 +841,12 @@ def confusion_chart(confusion: Tensor, classes: Classes, theme: Theme) -> Chart:
             share = matrix[i, j] / totals[i]
             x, y = margin + cell * j, margin + cell * i
             chart.box(x, y, x + cell, y + cell, theme.mix(theme.full, share))
-            if cell >= 21 and share >= 0.005:
+            if cell >= 24 and share >= 0.005:
                 colour = theme.paper if share > 0.5 else theme.ink
                 chart.text(x + cell / 2, y + cell / 2, f"{100 * share:.0f}", colour=colour, align=0.5)
         if not totals[i]:
             chart.text(middle, middle, "-", colour=theme.muted, align=0.5)
-    for i in range(count + 1) if cell >= 11 else (0, count):
+    for i in range(count + 1) if cell >= 12 else (0, count):
         chart.line([(margin + cell * i, margin), (margin + cell * i, margin + side)], theme.grid, 0.5)
         chart.line([(margin, margin + cell * i), (margin + side, margin + cell * i)], theme.grid, 0.5)
     left, height = margin + max(side, 60) + 14, 100
@@ -925,6 +938,7 @@ p, figcaption, small { color: var(--muted) }
 p { margin: .25rem 0 .75rem; max-width: 46rem }
 img { display: block; max-width: 100%; height: auto }
 figure { margin: 0; min-width: 0 }
+figcaption { font-size: .87rem; max-width: 46rem }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; align-items: start }
 .wide { overflow-x: auto }
 .wide img { max-width: none }
@@ -935,6 +949,9 @@ figure { margin: 0; min-width: 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem }
 th, td { padding: .12rem .6rem .12rem 0; text-align: right; border-bottom: 1px solid var(--grid); vertical-align: top }
 th { font-weight: 600 }
+th, td:not(:nth-child(2)) { white-space: nowrap }
+td { overflow-wrap: normal }
+@media print, (max-width: 30rem) { th, td { padding-right: .4rem; font-size: .8rem } }
 th:nth-child(2), td:nth-child(2) { text-align: left }
 i { display: inline-block; width: .8em; height: .8em; margin-right: .4em; border: 1px solid var(--muted) }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .87rem }
@@ -943,12 +960,14 @@ dt { color: var(--muted) }
 dd { margin: 0 }
 .arguments { columns: 3 17rem; column-gap: 2rem; display: block }
 .arguments div { display: flex; gap: .5rem; break-inside: avoid }
+.arguments dt { white-space: nowrap }
 @media print {
   :root { --paper: #ffffff; --ink: #1b1d21; --muted: #63676e; --grid: #e2e4e8 }
   body { max-width: none; padding: 0; font-size: 12px }
   figure, .row, tr { break-inside: avoid }
   h2, h3 { break-after: avoid }
   .wide img { max-width: 100% }
+  .charts { grid-template-columns: 1fr 1fr }
   .tiles { grid-template-columns: repeat(4, 1fr) }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact }
 }
@@ -973,7 +992,7 @@ def write_report(
         path: the page; its folder is made if need be.
         title: its heading.
         classes: of the dataset.
-        result: what `metrics` gives; None takes the last validation in the log.
+        result: what `metrics` gives; None leaves the figures and classes out.
         confusion: (C, C) int64, rows are the truth; None leaves that picture out.
         log: metrics.jsonl of the run that trained the network; where there is none, the page says so.
         worst: rows of `WorstImages`; None leaves them out.
@@ -1007,8 +1026,6 @@ def write_report(
             missing = f"Training curves are left out: {log} has no records of them."
         except OSError as error:
             missing = f"Training curves are left out: {log}: {(error.strerror or str(error)).lower()}."
-    if result is None and validation:
-        result = validation[-1]
     body = [f"<h1>{text(title)}</h1>"]
     if result is not None:
         shown = {"mIoU": result["miou"], "pixel accuracy": result["pixel_accuracy"]}
@@ -1046,7 +1063,7 @@ def write_report(
             for heading, sums in (("recall", matrix.sum(1)), ("precision", matrix.sum(0)[:count])):
                 titles.append(heading)
                 columns.append([hit / total if total else None for hit, total in zip(hits, sums)])
-            titles.append("of pixels")
+            titles.append("pixels")
             columns.append([total / (matrix.sum() or 1) for total in matrix.sum(1)])
         if "class_iiou" in result:
             titles.append("iIoU")
@@ -1059,7 +1076,9 @@ def write_report(
         head = "".join(f"<th>{title}</th>" for title in titles)
         table = f'<div class="wide"><table><tr><th></th><th>class, in %</th>{head}</tr>{"".join(rows)}</table></div>'
         body.append(f'<div class="charts">{chart}{table}</div>')
-        body.append("<p>A class with - occurs neither in truth nor in prediction, and no mean counts it.</p>")
+        body.append(
+            "<p>A class with - occurs neither in truth nor in prediction, and no mean counts it. Pixels: share of the labelled ones.</p>"
+        )
 
     body.append("<h2>Confusion matrix</h2>")
     if confusion is None:
@@ -1136,6 +1155,8 @@ def run_evaluation(args: argparse.Namespace) -> dict:
     instances = InstanceScores() if all(sample.instances for sample in dataset.samples) else None
     submit = functools.partial(write_submission, dataset, Path(args.submit)) if args.submit else None
     worst = WorstImages(dataset, args.report_images) if args.report else None
+    if args.report and rank == 0:
+        Path(args.report).parent.mkdir(parents=True, exist_ok=True)  # rather now than after the evaluation
     confusion = evaluate(
         segment,
         dataset,
@@ -1184,11 +1205,13 @@ def run_evaluation(args: argparse.Namespace) -> dict:
         if rank == 0:
             folder = Path(args.weights).resolve().parent
             log = folder.parent / "logs" / "metrics.jsonl" if folder.name == "checkpoints" else None
+            how = [f"scale {scale:g}" for scale in args.scales] + ["mirrored too"] * args.flip
+            how += [f"windows of {args.window[0]}x{args.window[1]}"] if args.window else []
             name = "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
             facts = {
                 "weights": args.weights + (f", epoch {checkpoint['epoch']}" if "epoch" in checkpoint else ""),
                 "data": f"{args.data}, {args.dataset} {args.split}, {len(dataset)} images",
-                "protocol": f"scales {' '.join(map(str, args.scales))}, flip {args.flip}, window {args.window}",
+                "protocol": ", ".join(how),
                 "device": f"{name}, precision {args.amp or 'float32'}, {world_size} {'process' if world_size == 1 else 'processes'}",
             }
             arguments = {"Arguments of eval.py": vars(args)}
