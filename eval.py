@@ -580,8 +580,9 @@ class Chart:
         self.draw = ImageDraw.Draw(self.image)
 
     def line(self, points: Sequence[tuple[float, float]], colour: str, width: float = 1.0) -> None:
-        """A line through (x, y) points."""
-        self.draw.line([(DRAWN * x, DRAWN * y) for x, y in points], colour, round(DRAWN * width), joint="curve")
+        """A line through (x, y) points, of which there may be none."""
+        if points:
+            self.draw.line([(DRAWN * x, DRAWN * y) for x, y in points], colour, round(DRAWN * width), joint="curve")
 
     def box(self, left: float, top: float, right: float, bottom: float, colour, outline: str | None = None) -> None:
         """A filled rectangle, `right` and `bottom` excluded."""
