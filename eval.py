@@ -893,28 +893,26 @@ class WorstImages:
 
 
 def error_pictures(image: Tensor, truth: Tensor, prediction: Tensor, classes: Classes) -> dict[str, tuple[str, bytes]]:
-    """{caption: (type, file)} of (H, W, 3) uint8 RGB and its (H, W) label maps, as wide as TILE, JPEG for the photograph alone."""
+    """{caption: (type, file)} of (H, W, 3) uint8 RGB and its (H, W) label maps, as wide as TILE; JPEG where there is a photograph."""
     photograph = Image.fromarray(image.numpy())
     size = TILE, max(1, round(TILE * photograph.height / photograph.width))
     wrong = ((truth != prediction) & (truth != IGNORE)).numpy()
     errors = 96 + np.asarray(photograph.convert("L"), np.float32)[..., None].repeat(3, 2) * 0.6
     errors[wrong] = ImageColor.getrgb(LIGHT.second)
     errors[(truth == IGNORE).numpy()] = 0
-    shrunk = photograph.width > TILE
-    pictures = {"image": ("jpeg", _encoded(photograph.resize(size, Image.Resampling.LANCZOS), "JPEG", quality=85))}
-    for caption, picture in (
-        ("truth", colour_map(truth.numpy(), classes)),
-        ("prediction", colour_map(prediction.numpy(), classes)),
-        ("errors", Image.fromarray(errors.astype(np.uint8))),
-    ):
-        picture = picture.resize(size, Image.Resampling.BOX if shrunk else Image.Resampling.NEAREST)
-        pictures[caption] = ("png", _encoded(picture, "PNG"))
-    return pictures
+    how = Image.Resampling.BOX if photograph.width > TILE else Image.Resampling.NEAREST
+    maps = {name: colour_map(label.numpy(), classes) for name, label in (("truth", truth), ("prediction", prediction))}
+    errors = Image.fromarray(errors.astype(np.uint8)).resize(size, how)
+    return {
+        "image": ("jpeg", _encoded(photograph.resize(size, Image.Resampling.LANCZOS), "JPEG", quality=85)),
+        **{name: ("png", _encoded(picture.resize(size, how), "PNG")) for name, picture in maps.items()},
+        "errors": ("jpeg", _encoded(errors, "JPEG", quality=85, subsampling=0)),
+    }
 
 
 def _encoded(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
-    image.save(file, kind, optimize=True, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
