@@ -585,10 +585,20 @@ class Chart:
             self.draw.line([(DRAWN * x, DRAWN * y) for x, y in points], colour, round(DRAWN * width), joint="curve")
 
     def box(self, left: float, top: float, right: float, bottom: float, colour, outline: str | None = None) -> None:
-        """A filled rectangle, `right` and `bottom` excluded."""
-        corners = [round(DRAWN * left), round(DRAWN * top), round(DRAWN * right) - 1, round(DRAWN * bottom) - 1]
+        """A filled rectangle with sharp edges, `right` and `bottom` excluded."""
+        left, top, right, bottom = (round(SHOWN * each) * DRAWN // SHOWN for each in (left, top, right, bottom))
+        corners = left, top, right - 1, bottom - 1
         if corners[2] >= corners[0] and corners[3] >= corners[1]:
             self.draw.rectangle(corners, colour, outline, DRAWN // 2)
+
+    def rule(self, left: float, top: float, right: float, bottom: float, colour: str, width: float = 1.0) -> None:
+        """A sharp horizontal or vertical line, of at least a pixel."""
+        thick = max(1, round(SHOWN * width))
+        first = round(SHOWN * (top if top == bottom else left)) - thick // 2
+        if top == bottom:
+            self.box(left, first / SHOWN, right, (first + thick) / SHOWN, colour)
+        else:
+            self.box(first / SHOWN, top, (first + thick) / SHOWN, bottom, colour)
 
     def mark(self, x: float, y: float, colour, radius: float = 2.0, square: bool = False) -> None:
         """A disc or a square about a point."""
@@ -640,14 +650,14 @@ class Chart:
             return bottom - (bottom - top) * (value - y[0]) / (y[-1] - y[0])
 
         for value, label in zip(y, _tick_labels(y)):
-            self.line([(left, up(value)), (right, up(value))], self.theme.grid)
+            self.rule(left, up(value), right, up(value), self.theme.grid)
             self.text(left - 6, up(value), label, colour=self.theme.muted, align=1)
         inside = [value for value in ticks(*x, whole=True) if x[0] <= value <= x[1]]
         for value, label in zip(inside, _tick_labels(inside)):
-            self.line([(across(value), bottom), (across(value), bottom + 4)], self.theme.muted)
+            self.rule(across(value), bottom, across(value), bottom + 4, self.theme.muted)
             if x_title:
                 self.text(across(value), bottom + 13, label, colour=self.theme.muted, align=0.5)
-        self.line([(left, bottom), (right, bottom)], self.theme.muted)
+        self.rule(left, bottom, right, bottom, self.theme.muted)
         self.text((left + right) / 2, bottom + 31, x_title, 13, align=0.5)
         self.text(10, (top + bottom) / 2, y_title, 13, align=0.5, turned=True)
         return across, up
@@ -658,36 +668,48 @@ class Chart:
 
 
 @functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _fonts(size: int) -> list[ImageFont.FreeTypeFont | ImageFont.ImageFont]:
+    """Pillow's own font, which has little beyond English, then what the system has; of one size where Pillow has no FreeType."""
     try:
-        return ImageFont.load_default(size)
-    except ImportError:  # Pillow without FreeType: letters of one size
-        return ImageFont.load_default()
+        fonts = [ImageFont.load_default(size)]
+    except ImportError:
+        return [ImageFont.load_default()]
+    for name in ("DejaVuSans.ttf", "arial.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc"):
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, size))
+    return fonts
+
+
+@functools.cache
+def _font_for(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont | None:
+    """The first font that has all letters of the text, None where there is none."""
+
+    def has(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, letter: str) -> bool:
+        if not isinstance(font, ImageFont.FreeTypeFont):
+            return ord(letter) < 256
+        return ord(letter) < 128 or bytes(font.getmask(letter)) != bytes(font.getmask("\U0010ffff"))
+
+    return next((font for font in _fonts(size) if text.isprintable() and all(has(font, letter) for letter in text)), None)
 
 
 def _text_mask(text: str, size: int) -> Image.Image:
     """Text in white on black, as high as its font at `size` pixels."""
-    font = _font(size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        text = text.encode("latin-1", "replace").decode("latin-1")
-    height = sum(font.getmetrics()) if isinstance(font, ImageFont.FreeTypeFont) else font.getbbox("Ag")[3]
+    font = _font_for(text, size)
+    scalable = isinstance(font, ImageFont.FreeTypeFont)
+    height = sum(font.getmetrics()) if scalable else font.getbbox("Ag")[3]
     mask = Image.new("L", (max(1, math.ceil(font.getbbox(text)[2])), height))
     ImageDraw.Draw(mask).text((0, 0), text, 255, font)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        mask = mask.resize((max(1, round(mask.width * 1.2 * size / height)), round(1.2 * size)))
-    return mask
+    return mask if scalable else mask.resize((max(1, round(mask.width * 1.2 * size / height)), round(1.2 * size)))
 
 
-def _class_labels(classes: Classes, width: float, size: float = 12) -> list[str]:
-    """The classes' names as a chart shows them: shortened to `width`, or as numbers where the font lacks their letters."""
-    font = _font(DRAWN * 12)
-    unknown = bytes(font.getmask("\U0010ffff")) if isinstance(font, ImageFont.FreeTypeFont) else None
+def _class_labels(classes: Classes, width: float) -> list[str]:
+    """The classes' names as a chart shows them: shortened to `width`, or as numbers where no font has their letters."""
 
     def label(number: int, name: str) -> str:
-        if not name.isprintable() or any(ord(c) > 127 and bytes(font.getmask(c)) == unknown for c in name):
+        if _font_for(name, 12 * DRAWN) is None:
             return f"class {number}"
         short = name
-        while len(short) > 1 and _text_mask(short, round(DRAWN * size)).width > DRAWN * width:
+        while len(short) > 1 and _text_mask(short, 12 * DRAWN).width > DRAWN * width:
             short = short.removesuffix("...")[:-1].rstrip() + "..."
         return short
 
@@ -707,8 +729,12 @@ def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[
 
 def _tick_labels(values: Sequence[float]) -> list[str]:
     step = values[1] - values[0] if len(values) > 1 else 1
-    if max(map(abs, values), default=0) >= 1e7 or step < 1e-5:
+    largest = max(map(abs, values), default=0)
+    if largest >= 1e10 or step < 1e-5:
         return [f"{value:.3g}" for value in values]
+    if largest >= 1e4:
+        unit, letter = (1e6, "M") if largest >= 1e6 else (1e3, "k")
+        return [f"{value / unit:g}{letter}" if value else "0" for value in values]
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return [f"{value:,.{decimals}f}" for value in values]
 
@@ -761,7 +787,7 @@ def loss_chart(records: list[dict], theme: Theme) -> Chart:
     chart.mark(66, 12, theme.mix(theme.first, 0.4), 2)
     chart.text(76, 12, "as logged")
     if half:
-        chart.line([(156, 12), (176, 12)], theme.first, 2)
+        chart.rule(156, 12, 176, 12, theme.first, 2)
         chart.text(184, 12, f"median of {2 * half + 1} records")
     rates = [(r["step"], r["lr"]) for r in records if r["lr"] is not None]
     highest = max((rate for _, rate in rates), default=0) or 1
@@ -785,7 +811,7 @@ def validation_chart(records: list[dict], theme: Theme) -> Chart:
         chart.line(points, colour, 2)
         for x, y in points if len(points) <= 60 else []:
             chart.mark(x, y, colour, 3, square=row == 1)
-        chart.line([(60, 11 + 17 * row), (80, 11 + 17 * row)], colour, 2)
+        chart.rule(60, 11 + 17 * row, 80, 11 + 17 * row, colour, 2)
         chart.mark(70, 11 + 17 * row, colour, 3, square=row == 1)
         if curve:
             best = max(curve, key=lambda point: point[1])
@@ -802,12 +828,12 @@ def class_chart(class_iou: dict[str, float | None], miou: float | None, classes:
     chart = Chart(480, bottom + 44, theme)
     for value in range(0, 101, 20):
         x = left + (right - left) * value / 100
-        chart.line([(x, top), (x, bottom + 4)], theme.grid)
+        chart.rule(x, top, x, bottom + 4, theme.grid)
         chart.text(x, bottom + 13, str(value), colour=theme.muted, align=0.5)
     if miou is not None:
         x = left + (right - left) * miou
         for y in range(top - 4, bottom, 6):
-            chart.line([(x, y), (x, min(y + 3, bottom))], theme.muted)
+            chart.rule(x, y, x, min(y + 3, bottom), theme.muted)
         chart.text(x, 9, f"mean {100 * miou:.1f}", align=0.5)
     for i, (value, label) in enumerate(zip(class_iou.values(), _class_labels(classes, left - 16))):
         y, end = top + row * i, left + (right - left) * (value or 0)
@@ -815,7 +841,7 @@ def class_chart(class_iou: dict[str, float | None], miou: float | None, classes:
         if value is not None:
             chart.box(left, y + 3, end, y + row - 3, tuple(classes.colours[i]), theme.muted)
         chart.text(end + 6, y + row / 2, "-" if value is None else f"{100 * value:.1f}", on_paper=True)
-    chart.line([(left, top), (left, bottom)], theme.muted)
+    chart.rule(left, top, left, bottom, theme.muted)
     chart.text((left + right) / 2, bottom + 31, "IoU, %", 13, align=0.5)
     return chart
 
@@ -848,8 +874,8 @@ def confusion_chart(confusion: Tensor, classes: Classes, theme: Theme) -> Chart:
         if not totals[i]:
             chart.text(middle, middle, "-", colour=theme.muted, align=0.5)
     for i in range(count + 1) if cell >= 12 else (0, count):
-        chart.line([(margin + cell * i, margin), (margin + cell * i, margin + side)], theme.grid, 0.5)
-        chart.line([(margin, margin + cell * i), (margin + side, margin + cell * i)], theme.grid, 0.5)
+        chart.rule(margin + cell * i, margin, margin + cell * i, margin + side, theme.grid, 0.5)
+        chart.rule(margin, margin + cell * i, margin + side, margin + cell * i, theme.grid, 0.5)
     left, height = margin + max(side, 60) + 14, 100
     for i in range(height):
         chart.box(left, margin + i, left + 10, margin + i + 1, theme.mix(theme.full, 1 - i / (height - 1)))
