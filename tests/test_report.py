@@ -396,6 +396,40 @@ def test_a_page_of_nothing_says_what_is_missing(tmp_path):
     assert len(read(tmp_path / "r.html").pictures) == 2 and "- % mIoU" in read(tmp_path / "r.html").text
 
 
+@pytest.mark.parametrize(
+    "records",
+    [
+        [train_record(20, None)],
+        [train_record(20, 2.0, None)],
+        [train_record(0, 0.0, 0.0), train_record(10, 1e29)],
+        [train_record(10**12 + i, 1e-20 * i, 1e-12) for i in range(5)],
+        [train_record(20, -1.0), train_record(40, 10**400)],
+        [{"kind": "val", "epoch": 7, "miou": None, "pixel_accuracy": None}] * 2,
+        [{"kind": "val", "epoch": epoch, "miou": epoch, "pixel_accuracy": 0} for epoch in (0, 1)],
+        [{"kind": "val", "epoch": 7, "miou": {}, "pixel_accuracy": True, "class_iou": "none"}],
+    ],
+)
+def test_any_log_makes_a_page(tmp_path, records):
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    write_report(tmp_path / "r.html", "t", TWO, None, log=tmp_path / "metrics.jsonl")
+    assert "nan" not in read(tmp_path / "r.html").text
+
+
+def test_a_long_run_and_many_images_stay_below_five_megabytes(tmp_path):
+    generator = np.random.default_rng(0)
+    noise = Image.fromarray(generator.integers(0, 256, (60, 120, 3), np.uint8)).resize((2048, 1024), Image.Resampling.BICUBIC)
+    label = torch.from_numpy(generator.integers(0, 19, (16, 32), np.uint8)).repeat_interleave(64, 0).repeat_interleave(64, 1)
+    pictures = error_pictures(torch.from_numpy(np.array(noise)), label, label.flip(0), CITYSCAPES)
+    row = {"pixel_accuracy": 0.5, "miou": 0.5, "name": "a.png", "pictures": pictures}
+    records = [train_record(20 * i, loss) for i, loss in enumerate(generator.random(20_000))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    confusion = confusion_of(19)
+    result = metrics(confusion, CITYSCAPES)
+    log = tmp_path / "metrics.jsonl"
+    write_report(tmp_path / "r.html", "t", CITYSCAPES, result, confusion=confusion, log=log, worst=[row] * 20)
+    assert 1e6 < (tmp_path / "r.html").stat().st_size < 5e6
+
+
 def test_wrong_pixels_are_marked_and_ignored_ones_black():
     image = torch.full((40, 480, 3), 200, dtype=torch.uint8)
     truth = torch.zeros(40, 480, dtype=torch.uint8)
