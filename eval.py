@@ -14,10 +14,12 @@ A table for people, then one JSON object as the last line on stdout. Exit status
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import copy
 import functools
 import hashlib
+import html
 import importlib
 import io
 import json
@@ -38,7 +40,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import ClassVar
@@ -48,7 +50,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -317,6 +319,7 @@ def evaluate(
     sheet: ContactSheet | None = None,
     instances: InstanceScores | None = None,
     each: Callable[[int, Tensor], None] | None = None,
+    worst: WorstImages | None = None,
 ) -> Tensor:
     """Confusion matrix of a whole split at full resolution, every image counted exactly once by one of the processes.
 
@@ -330,6 +333,7 @@ def evaluate(
         sheet: gathers the first pictures of rank 0.
         instances: gathers what instance-level figures need; all images have maps of instances.
         each: called with the index of every image and its (H, W) prediction.
+        worst: gathers the worst pictures of this process.
 
     Returns:
         (num_classes, num_classes) int64 on the CPU, rows are the truth; the same in every process.
@@ -356,13 +360,16 @@ def evaluate(
             height, width = label.shape[1:]
             raise DataError(f"{dataset.samples[index].image}: {width}x{height} pixels, expected at least {MIN_SIZE}x{MIN_SIZE}")
         prediction = segment(image)
-        confusion += confusion_matrix(prediction, label.to(device), num_classes, IGNORE)
+        matrix = confusion_matrix(prediction, label.to(device), num_classes, IGNORE)
+        confusion += matrix
         if sheet is not None:
             sheet.add(image[0], label[0], prediction[0])
         if instances is not None:
             instances.add(prediction[0], maps[0][0])
         if each is not None:
             each(index, prediction[0])
+        if worst is not None:
+            worst.add(index, image[0], label[0], prediction[0], matrix)
     if world_size > 1:
         dist.all_reduce(confusion)
         if instances is not None:
@@ -555,6 +562,611 @@ class ContactSheet:
         sheet.save(path)
 
 
+# ----------------------------------------------------------------------------------------------------------------- report
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a chart; `first` and `second` are told apart by the colour-blind too (Okabe and Ito)."""
+
+    paper: str
+    ink: str
+    muted: str
+    grid: str
+    first: str
+    second: str
+    full: str  # of a confusion matrix' cell with all of its row
+
+    def mix(self, colour: str | tuple[int, int, int], share: float) -> tuple[int, int, int]:
+        """`share` of the colour on paper."""
+        colour = ImageColor.getrgb(colour) if isinstance(colour, str) else colour
+        return tuple(round(share * c + (1 - share) * p) for c, p in zip(colour, ImageColor.getrgb(self.paper)))
+
+
+LIGHT = Theme("#ffffff", "#1b1d21", "#63676e", "#e2e4e8", "#0072b2", "#d55e00", "#08306b")
+DARK = Theme("#15181c", "#e9eaec", "#9da2aa", "#343941", "#56b4e9", "#e69f00", "#c6dbef")
+DRAWN, SHOWN = 4, 2  # pixels per unit of a chart, drawn and then averaged to those in the file; a unit is a pixel of the page
+TILE = 480  # pixels, width of a picture of an image
+MAX_POINTS = 2000  # drawn of a curve
+
+
+class Chart:
+    """A drawing whose coordinates are pixels of the page, from the top left."""
+
+    def __init__(self, width: float, height: float, theme: Theme):
+        self.width, self.height, self.theme = math.ceil(width), math.ceil(height), theme
+        self.image = Image.new("RGB", (DRAWN * self.width, DRAWN * self.height), theme.paper)
+        self.draw = ImageDraw.Draw(self.image)
+
+    def line(self, points: Sequence[tuple[float, float]], colour: str, width: float = 1.0) -> None:
+        """A line through (x, y) points, of which there may be none."""
+        if points:
+            self.draw.line([(DRAWN * x, DRAWN * y) for x, y in points], colour, round(DRAWN * width), joint="curve")
+
+    def box(self, left: float, top: float, right: float, bottom: float, colour, outline: str | None = None) -> None:
+        """A filled rectangle with sharp edges, `right` and `bottom` excluded."""
+        left, top, right, bottom = (round(SHOWN * each) * DRAWN // SHOWN for each in (left, top, right, bottom))
+        corners = left, top, right - 1, bottom - 1
+        if corners[2] >= corners[0] and corners[3] >= corners[1]:
+            self.draw.rectangle(corners, colour, outline, DRAWN // 2)
+
+    def rule(self, left: float, top: float, right: float, bottom: float, colour: str, width: float = 1.0) -> None:
+        """A sharp horizontal or vertical line, of at least a pixel."""
+        thick = max(1, round(SHOWN * width))
+        first = round(SHOWN * (top if top == bottom else left)) - thick // 2
+        if top == bottom:
+            self.box(left, first / SHOWN, right, (first + thick) / SHOWN, colour)
+        else:
+            self.box(first / SHOWN, top, (first + thick) / SHOWN, bottom, colour)
+
+    def mark(self, x: float, y: float, colour, radius: float = 2.0, square: bool = False) -> None:
+        """A disc or a square about a point."""
+        shape = self.draw.rectangle if square else self.draw.ellipse
+        shape([DRAWN * (x - radius), DRAWN * (y - radius), DRAWN * (x + radius), DRAWN * (y + radius)], colour)
+
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        size: float = 12,
+        colour=None,
+        align: float = 0,
+        turned: bool = False,
+        on_paper: bool = False,
+    ) -> None:
+        """Text about the height y; x is its start, middle or end for `align` 0, 0.5 or 1.
+
+        Turned, it reads upwards, about x and aligned along y; `on_paper`, nothing that was drawn before shows between its letters.
+        """
+        mask = _text_mask(text, round(DRAWN * size))
+        along, across = round(align * mask.width), mask.height // 2
+        if turned:
+            mask, along, across = mask.transpose(Image.Transpose.ROTATE_90), across, round((1 - align) * mask.width)
+        left, top = round(DRAWN * x) - along, round(DRAWN * y) - across
+        if on_paper:
+            self.draw.rectangle([left - DRAWN, top, left + mask.width + DRAWN, top + mask.height], self.theme.paper)
+        self.image.paste(colour or self.theme.ink, (left, top), mask)
+
+    def axes(
+        self, box: tuple, x: tuple[float, float], y: Sequence[float], x_title: str = "", y_title: str = ""
+    ) -> tuple[Callable[[float], float], Callable[[float], float]]:
+        """Grid, ticks and titles of a plot; returns what maps values to coordinates.
+
+        Args:
+            box: left, top, right and bottom of the plot.
+            x: first and last value of the whole numbers along it.
+            y: the ticks up its side, of which the outer ones bound it.
+            x_title, y_title: what they are; without `x_title` there are no numbers along it.
+        """
+        left, top, right, bottom = box
+        x_span = (x[1] - x[0]) or 1
+
+        def across(value: float) -> float:
+            return left + (right - left) * ((value - x[0]) / x_span if x[1] > x[0] else 0.5)
+
+        def up(value: float) -> float:
+            return bottom - (bottom - top) * (value - y[0]) / (y[-1] - y[0])
+
+        for value, label in zip(y, _tick_labels(y)):
+            self.rule(left, up(value), right, up(value), self.theme.grid)
+            self.text(left - 6, up(value), label, colour=self.theme.muted, align=1)
+        inside = [value for value in ticks(*x, whole=True) if x[0] <= value <= x[1]]
+        for value, label in zip(inside, _tick_labels(inside)):
+            self.rule(across(value), bottom, across(value), bottom + 4, self.theme.muted)
+            if x_title:
+                self.text(across(value), bottom + 13, label, colour=self.theme.muted, align=0.5)
+        self.rule(left, bottom, right, bottom, self.theme.muted)
+        self.text((left + right) / 2, bottom + 31, x_title, 13, align=0.5)
+        self.text(10, (top + bottom) / 2, y_title, 13, align=0.5, turned=True)
+        return across, up
+
+    def png(self) -> bytes:
+        """The file, at SHOWN pixels a unit."""
+        return _encoded(self.image.reduce(DRAWN // SHOWN), "PNG")
+
+
+@functools.cache
+def _fonts(size: int) -> list[ImageFont.FreeTypeFont | ImageFont.ImageFont]:
+    """Pillow's own font, which has little beyond English, then what the system has; of one size where Pillow has no FreeType."""
+    try:
+        fonts = [ImageFont.load_default(size)]
+    except ImportError:
+        return [ImageFont.load_default()]
+    for name in ("DejaVuSans.ttf", "arial.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc"):
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, size))
+    return fonts
+
+
+@functools.cache
+def _font_for(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont | None:
+    """The first font that has all letters of the text, None where there is none."""
+
+    def has(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, letter: str) -> bool:
+        if not isinstance(font, ImageFont.FreeTypeFont):
+            return ord(letter) < 256
+        return ord(letter) < 128 or bytes(font.getmask(letter)) != bytes(font.getmask("\U0010ffff"))
+
+    return next((font for font in _fonts(size) if text.isprintable() and all(has(font, letter) for letter in text)), None)
+
+
+def _text_mask(text: str, size: int) -> Image.Image:
+    """Text in white on black, as high as its font at `size` pixels."""
+    font = _font_for(text, size)
+    scalable = isinstance(font, ImageFont.FreeTypeFont)
+    height = sum(font.getmetrics()) if scalable else font.getbbox("Ag")[3]
+    mask = Image.new("L", (max(1, math.ceil(font.getbbox(text)[2])), height))
+    ImageDraw.Draw(mask).text((0, 0), text, 255, font)
+    return mask if scalable else mask.resize((max(1, round(mask.width * 1.2 * size / height)), round(1.2 * size)))
+
+
+def _class_labels(classes: Classes, width: float) -> list[str]:
+    """The classes' names as a chart shows them: shortened to `width`, or as numbers where no font has their letters."""
+
+    def label(number: int, name: str) -> str:
+        if _font_for(name, 12 * DRAWN) is None:
+            return f"class {number}"
+        short = name
+        while len(short) > 1 and _text_mask(short, 12 * DRAWN).width > DRAWN * width:
+            short = short.removesuffix("...")[:-1].rstrip() + "..."
+        return short
+
+    return [label(number, name[:200]) for number, name in enumerate(classes.names)]
+
+
+def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
+    """Some `count` round values, 1, 2 or 5 times a power of ten apart, the first at or below `low`, the last at or above `high`."""
+    span = (high - low) or abs(high) or 1.0
+    step = 10.0 ** math.floor(math.log10(span / count))
+    step *= next(factor for factor in (1, 2, 5, 10) if span <= count * step * factor * (1 + 1e-9))
+    if whole:
+        step = max(1, round(step))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [step * i for i in range(first, max(last, first + 1) + 1)]
+
+
+def _tick_labels(values: Sequence[float]) -> list[str]:
+    step = values[1] - values[0] if len(values) > 1 else 1
+    largest = max(map(abs, values), default=0)
+    if largest >= 1e10 or step < 1e-5:
+        return [f"{value:.3g}" for value in values]
+    if largest >= 1e4:
+        unit, letter = (1e6, "M") if largest >= 1e6 else (1e3, "k")
+        return [f"{value / unit:g}{letter}" if value else "0" for value in values]
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [f"{value:,.{decimals}f}" for value in values]
+
+
+def read_records(path: Path) -> tuple[list[dict], list[dict], int]:
+    """The records of training and of validation in a metrics.jsonl, and how many of its lines are none.
+
+    Of what was done twice, by a run that went on from an older checkpoint, the second time counts.
+    """
+    needed = {"train": ("step", "loss", "lr"), "val": ("epoch", "miou", "pixel_accuracy")}
+    kept: dict[str, list[dict]] = {"train": [], "val": []}
+    broken = 0
+
+    def number(value: object, most: float) -> float | None:
+        fine = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most  # nor is nan
+        return value if fine else None
+
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            names = needed[record["kind"]]
+            place = number(record[names[0]], 1e15)
+            values = {name: number(record[name], 1 if record["kind"] == "val" else 1e30) for name in names[1:]}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            place = None
+        if place is None:
+            broken += bool(line.strip())  # cut off when the run was
+            continue
+        records = kept[record["kind"]]
+        while records and records[-1][names[0]] >= place:
+            records.pop()
+        records.append({names[0]: place, **values})
+    return kept["train"], kept["val"], broken
+
+
+def loss_chart(records: list[dict], theme: Theme) -> Chart:
+    """The training loss over the steps, as logged and smoothed, and the learning rate below. There is at least one loss."""
+    chart = Chart(480, 390, theme)
+    steps, losses = np.array([(r["step"], r["loss"]) for r in records if r["loss"] is not None], float).T
+    drawn = sorted({*range(0, len(losses), math.ceil(len(losses) / MAX_POINTS)), len(losses) - 1})
+    half = len(losses) // 40  # of the window; near the start, where the loss falls, it reaches as far ahead as back
+    smooth = [np.median(losses[max(0, i - half) : i + min(half, i) + 1]) for i in drawn]
+    # A few outliers would press all else flat; they are drawn on the upper edge.
+    scale = ticks(0, min(max(smooth), 4 * np.quantile(losses, 0.9)))
+    top, span = 30, (0, records[-1]["step"])
+    across, up = chart.axes((58, top, 454, 238), span, scale, y_title="training loss")
+    for i in drawn:
+        chart.mark(across(steps[i]), max(top, up(losses[i])), theme.mix(theme.first, 0.4), 1.4)
+    chart.line([(across(steps[i]), max(top, up(value))) for i, value in zip(drawn, smooth)], theme.first, 2)
+    chart.mark(66, 12, theme.mix(theme.first, 0.4), 2)
+    chart.text(76, 12, "as logged")
+    if half:
+        chart.rule(156, 12, 176, 12, theme.first, 2)
+        chart.text(184, 12, f"median of {2 * half + 1} records")
+    rates = [(r["step"], r["lr"]) for r in records if r["lr"] is not None]
+    highest = max((rate for _, rate in rates), default=0) or 1
+    across, up = chart.axes((58, 264, 454, 342), span, ticks(0, highest, 3), "step", "learning rate")
+    chart.line([(across(step), up(rate)) for step, rate in rates[:: math.ceil(len(rates) / MAX_POINTS) or 1]], theme.second, 2)
+    return chart
+
+
+def validation_chart(records: list[dict], theme: Theme) -> Chart:
+    """mIoU and pixel accuracy over the epochs, in per cent. There is at least one record."""
+    chart = Chart(480, 390, theme)
+    curves = []
+    for name, title in (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy")):
+        curves.append((title, [(r["epoch"], 100 * r[name]) for r in records if r[name] is not None]))
+    values = [value for _, curve in curves for _, value in curve] or [0, 100]
+    scale = ticks(max(0, min(values) - 2), min(100, max(values) + 2))
+    span = records[0]["epoch"], records[-1]["epoch"]
+    across, up = chart.axes((58, 46, 454, 342), span, scale, "epoch", "mIoU and pixel accuracy, %")
+    for row, ((title, curve), colour) in enumerate(zip(curves, (theme.first, theme.second))):
+        points = [(across(epoch), up(value)) for epoch, value in curve]
+        chart.line(points, colour, 2)
+        for x, y in points if len(points) <= 60 else []:
+            chart.mark(x, y, colour, 3, square=row == 1)
+        chart.rule(60, 11 + 17 * row, 80, 11 + 17 * row, colour, 2)
+        chart.mark(70, 11 + 17 * row, colour, 3, square=row == 1)
+        if curve:
+            best = max(curve, key=lambda point: point[1])
+            title += f": last {curve[-1][1]:.2f}, best {best[1]:.2f} in epoch {best[0]:g}"
+        chart.text(88, 11 + 17 * row, title)
+    return chart
+
+
+def class_chart(class_iou: dict[str, float | None], miou: float | None, classes: Classes, theme: Theme) -> Chart:
+    """A bar for each class, in its colour, as long as its IoU; "-" for one that does not occur."""
+    row = 20 if len(class_iou) <= 40 else 14
+    left, top, right = 128, 22, 426
+    bottom = top + row * len(class_iou)
+    chart = Chart(480, bottom + 44, theme)
+    for value in range(0, 101, 20):
+        x = left + (right - left) * value / 100
+        chart.rule(x, top, x, bottom + 4, theme.grid)
+        chart.text(x, bottom + 13, str(value), colour=theme.muted, align=0.5)
+    if miou is not None:
+        x = left + (right - left) * miou
+        for y in range(top - 4, bottom, 6):
+            chart.rule(x, y, x, min(y + 3, bottom), theme.muted)
+        chart.text(x, 9, f"mean {100 * miou:.1f}", align=0.5)
+    for i, (value, label) in enumerate(zip(class_iou.values(), _class_labels(classes, left - 16))):
+        y, end = top + row * i, left + (right - left) * (value or 0)
+        chart.text(left - 8, y + row / 2, label, align=1)
+        if value is not None:
+            chart.box(left, y + 3, end, y + row - 3, tuple(classes.colours[i]), theme.muted)
+        chart.text(end + 6, y + row / 2, "-" if value is None else f"{100 * value:.1f}", on_paper=True)
+    chart.rule(left, top, left, bottom, theme.muted)
+    chart.text((left + right) / 2, bottom + 31, "IoU, %", 13, align=0.5)
+    return chart
+
+
+def confusion_chart(confusion: Tensor, classes: Classes, theme: Theme) -> Chart:
+    """How the pixels of each class of the truth, a row, spread over the predictions, in per cent where there is room.
+
+    confusion: (C, C), or with columns of predictions that are no class behind.
+    """
+    matrix = confusion.double().numpy()
+    totals, count = matrix.sum(1), len(matrix)
+    cell = min(34.0, 600 / count)
+    names = _class_labels(classes, 102) if cell >= 12 else [str(i) if i % 10 == 0 else "" for i in range(count)]
+    margin = 24 + max(_text_mask(name, 12 * DRAWN).width for name in names) / DRAWN + 8
+    side = cell * count
+    chart = Chart(margin + max(side, 60) + 62, margin + max(side, 110) + 8, theme)
+    chart.text(margin + side / 2, 10, "prediction", 13, align=0.5)
+    chart.text(10, margin + side / 2, "truth", 13, align=0.5, turned=True)
+    for i, name in enumerate(names):
+        middle = margin + cell * (i + 0.5)
+        chart.text(margin - 6, middle, name, align=1)
+        chart.text(middle, margin - 6, name, turned=True)
+        for j in range(count) if totals[i] else []:
+            share = matrix[i, j] / totals[i]
+            x, y = margin + cell * j, margin + cell * i
+            chart.box(x, y, x + cell, y + cell, theme.mix(theme.full, share))
+            if cell >= 24 and share >= 0.005:
+                colour = theme.paper if share > 0.5 else theme.ink
+                chart.text(x + cell / 2, y + cell / 2, f"{100 * share:.0f}", colour=colour, align=0.5)
+        if not totals[i]:
+            chart.text(middle, middle, "-", colour=theme.muted, align=0.5)
+    for i in range(count + 1) if cell >= 12 else (0, count):
+        chart.rule(margin + cell * i, margin, margin + cell * i, margin + side, theme.grid, 0.5)
+        chart.rule(margin, margin + cell * i, margin + side, margin + cell * i, theme.grid, 0.5)
+    left, height = margin + max(side, 60) + 14, 100
+    for i in range(height):
+        chart.box(left, margin + i, left + 10, margin + i + 1, theme.mix(theme.full, 1 - i / (height - 1)))
+    for share in (0, 50, 100):
+        chart.text(left + 15, margin + height * (1 - share / 100), f"{share}", colour=theme.muted)
+    return chart
+
+
+class WorstImages:
+    """Gathers the images of a split with the lowest pixel accuracy, which is what the picture of their errors shows."""
+
+    def __init__(self, dataset: SegmentationDataset, count: int):
+        self.dataset, self.count = dataset, count
+        self.found: list[tuple] = []  # (pixel accuracy, index, mIoU, image, truth, prediction), the lowest first
+
+    def add(self, index: int, image: Tensor, truth: Tensor, prediction: Tensor, confusion: Tensor) -> None:
+        """(H, W, 3) uint8 RGB, two (H, W) uint8 label maps, and their confusion matrix; one without labels does not count."""
+        matrix = confusion.cpu().numpy()
+        total = int(matrix.sum())
+        if not total:
+            return
+        place = int(np.trace(matrix)) / total, index
+        if len(self.found) < self.count or (self.found and place < self.found[-1][:2]):
+            # Copies: what a loader's worker sent lies in shared memory, of which there may be little.
+            pictures = image.clone(), truth.clone(), prediction.cpu().clone()
+            self.found = sorted([*self.found, (*place, _mean(intersection_over_union(matrix)), *pictures)], key=lambda f: f[:2])
+            del self.found[self.count :]
+
+    def rows(self, world_size: int = 1) -> list[dict]:
+        """The worst of all processes, the worst first: pixel_accuracy, miou, name and pictures {caption: (type, file)}."""
+        rows = []
+        for accuracy, index, miou, *maps in self.found:
+            path = self.dataset.samples[index].image
+            pictures = error_pictures(*maps, self.dataset.classes)
+            rows.append({"pixel_accuracy": accuracy, "index": index, "miou": miou, "name": str(path), "pictures": pictures})
+        if world_size > 1:
+            shares = [None] * world_size
+            dist.all_gather_object(shares, rows)
+            rows = [row for share in shares for row in share]
+        return sorted(rows, key=lambda row: (row["pixel_accuracy"], row["index"]))[: self.count]
+
+
+def error_pictures(image: Tensor, truth: Tensor, prediction: Tensor, classes: Classes) -> dict[str, tuple[str, bytes]]:
+    """{caption: (type, file)} of (H, W, 3) uint8 RGB and its (H, W) label maps, as wide as TILE; JPEG where there is a photograph."""
+    photograph = Image.fromarray(image.numpy())
+    size = TILE, max(1, round(TILE * photograph.height / photograph.width))
+    wrong = ((truth != prediction) & (truth != IGNORE)).numpy()
+    errors = 96 + np.asarray(photograph.convert("L"), np.float32)[..., None].repeat(3, 2) * 0.6
+    errors[wrong] = ImageColor.getrgb(LIGHT.second)
+    errors[(truth == IGNORE).numpy()] = 0
+    how = Image.Resampling.BOX if photograph.width > TILE else Image.Resampling.NEAREST
+    maps = {name: colour_map(label.numpy(), classes) for name, label in (("truth", truth), ("prediction", prediction))}
+    errors = Image.fromarray(errors.astype(np.uint8)).resize(size, how)
+    return {
+        "image": ("jpeg", _encoded(photograph.resize(size, Image.Resampling.LANCZOS), "JPEG", quality=85)),
+        **{name: ("png", _encoded(picture.resize(size, how), "PNG")) for name, picture in maps.items()},
+        "errors": ("jpeg", _encoded(errors, "JPEG", quality=85, subsampling=0)),
+    }
+
+
+def _encoded(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def git_revision() -> str:
+    """Commit of this code, or "unknown"."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
+
+
+_STYLE = """
+:root { color-scheme: light dark; --paper: #ffffff; --ink: #1b1d21; --muted: #63676e; --grid: #e2e4e8 }
+@media (prefers-color-scheme: dark) { :root { --paper: #15181c; --ink: #e9eaec; --muted: #9da2aa; --grid: #343941 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1rem; max-width: 64rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0 }
+h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--grid) }
+h3 { font-size: .95rem; font-weight: 600; margin: 1.25rem 0 .25rem }
+p, figcaption, small { color: var(--muted) }
+p { margin: .25rem 0 .75rem; max-width: 46rem }
+img { display: block; max-width: 100%; height: auto }
+figure { margin: 0; min-width: 0 }
+figcaption { font-size: .87rem; max-width: 46rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; align-items: start }
+.wide { overflow-x: auto }
+.wide img { max-width: none }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .4rem }
+.tiles img { width: 100% }
+.figures { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; margin: 1rem 0 }
+.figures b { display: block; font-size: 1.9rem; line-height: 1.2; font-weight: 600 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem }
+th, td { padding: .12rem .6rem .12rem 0; text-align: right; border-bottom: 1px solid var(--grid); vertical-align: top }
+th { font-weight: 600 }
+th, td:not(:nth-child(2)) { white-space: nowrap }
+td { overflow-wrap: normal }
+@media print, (max-width: 30rem) { th, td { padding-right: .4rem; font-size: .8rem } }
+th:nth-child(2), td:nth-child(2) { text-align: left }
+i { display: inline-block; width: .8em; height: .8em; margin-right: .4em; border: 1px solid var(--muted) }
+.legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .87rem }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .1rem 1rem; margin: .5rem 0; font-size: .87rem }
+dt { color: var(--muted) }
+dd { margin: 0 }
+.arguments { columns: 3 17rem; column-gap: 2rem; display: block }
+.arguments div { display: flex; gap: .5rem; break-inside: avoid }
+.arguments dt { white-space: nowrap }
+@media print {
+  :root { --paper: #ffffff; --ink: #1b1d21; --muted: #63676e; --grid: #e2e4e8 }
+  body { max-width: none; padding: 0; font-size: 12px }
+  figure, .row, tr { break-inside: avoid }
+  h2, h3 { break-after: avoid }
+  .wide img { max-width: 100% }
+  .charts { grid-template-columns: 1fr 1fr }
+  .tiles { grid-template-columns: repeat(4, 1fr) }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact }
+}
+"""
+
+
+def write_report(
+    path: str | Path,
+    title: str,
+    classes: Classes,
+    result: dict | None,
+    *,
+    confusion: Tensor | None = None,
+    log: str | Path | None = None,
+    worst: Sequence[dict] | None = None,
+    facts: dict[str, object] | None = None,
+    arguments: dict[str, dict] | None = None,
+) -> None:
+    """Writes curves, figures, confusion matrix and worst images as one HTML page that needs no other file.
+
+    Args:
+        path: the page; its folder is made if need be.
+        title: its heading.
+        classes: of the dataset.
+        result: what `metrics` gives; None leaves the figures and classes out.
+        confusion: (C, C) int64, rows are the truth; None leaves that picture out.
+        log: metrics.jsonl of the run that trained the network; where there is none, the page says so.
+        worst: rows of `WorstImages`; None leaves them out.
+        facts: more {name: value} for the head of the page, beside the commit, torch's version and the date.
+        arguments: {heading: {name: value}} of the programs that made it.
+    """
+    text = html.escape
+
+    def data_uri(kind: str, file: bytes) -> str:
+        return f"data:image/{kind};base64,{base64.b64encode(file).decode()}"
+
+    def figure(draw: Callable[[Theme], Chart], alt: str, caption: str = "", wide: bool = False) -> str:
+        light, dark = draw(LIGHT), draw(DARK)
+        return (
+            f'<figure{" class=wide" if wide else ""}><picture><source media="(prefers-color-scheme: dark)" '
+            f'srcset="{data_uri("png", dark.png())}"><img src="{data_uri("png", light.png())}" width="{light.width}" '
+            f'height="{light.height}" alt="{text(alt)}"></picture>{f"<figcaption>{caption}</figcaption>" if caption else ""}</figure>'
+        )
+
+    def percent(value: float | None) -> str:
+        return _percent(value).strip()
+
+    def swatch(colour: Sequence[int]) -> str:
+        return f'<i style="background: rgb({", ".join(map(str, colour))})"></i>'
+
+    training, validation, broken = [], [], 0
+    missing = "Training curves are left out: the weights are in no run's folder with logs/metrics.jsonl."
+    if log is not None:
+        try:
+            training, validation, broken = read_records(Path(log))
+            missing = f"Training curves are left out: {log} has no records of them."
+        except OSError as error:
+            missing = f"Training curves are left out: {log}: {(error.strerror or str(error)).lower()}."
+    body = [f"<h1>{text(title)}</h1>"]
+    if result is not None:
+        shown = {"mIoU": result["miou"], "pixel accuracy": result["pixel_accuracy"]}
+        shown |= {"iIoU": result["miiou"]} if "miiou" in result else {}
+        shown |= {"mIoU of categories": result["category_miou"]} if result.get("category_iou") else {}
+        cells = [f"<div><b>{percent(value)} %</b>{name}</div>" for name, value in shown.items()]
+        body.append(f'<div class="figures">{"".join(cells)}</div>')
+    now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z")
+    lines = {**(facts or {}), "commit": git_revision(), "torch": torch.__version__, "date": now}
+    body.append(f"<dl>{''.join(f'<dt>{text(str(k))}</dt><dd>{text(str(v))}</dd>' for k, v in lines.items())}</dl>")
+
+    body.append("<h2>Training</h2>")
+    charts = []
+    if any(record["loss"] is not None for record in training):
+        last = next(r for r in reversed(training) if r["loss"] is not None)
+        alt = f"Training loss over steps, {last['loss']:.4f} at step {last['step']}"
+        charts.append(figure(functools.partial(loss_chart, training), alt))
+    if validation:
+        alt = f"mIoU and pixel accuracy over epochs, {percent(validation[-1]['miou'])} % and "
+        alt += f"{percent(validation[-1]['pixel_accuracy'])} % in epoch {validation[-1]['epoch']}"
+        charts.append(figure(functools.partial(validation_chart, validation), alt))
+    notes = [f"From {log}."] if charts else [missing]
+    notes += [f"{broken} of its lines are no records and were left out."] if broken else []
+    body += [f'<div class="charts">{"".join(charts)}</div>' if charts else "", f"<p>{text(' '.join(notes))}</p>"]
+
+    if result is not None:
+        class_iou = {name: result["class_iou"].get(name) for name in classes.names}
+        body.append("<h2>Classes</h2>")
+        alt = "IoU of each class in per cent, as in the table"
+        chart = figure(functools.partial(class_chart, class_iou, result["miou"], classes), alt)
+        titles, columns = ["IoU"], [list(class_iou.values())]
+        if confusion is not None:
+            matrix = confusion.double().numpy()
+            count, hits = len(matrix), np.diag(matrix)
+            for heading, sums in (("recall", matrix.sum(1)), ("precision", matrix.sum(0)[:count])):
+                titles.append(heading)
+                columns.append([hit / total if total else None for hit, total in zip(hits, sums)])
+            titles.append("pixels")
+            columns.append([total / (matrix.sum() or 1) for total in matrix.sum(1)])
+        if "class_iiou" in result:
+            titles.append("iIoU")
+            columns.append([result["class_iiou"].get(name) for name in classes.names])
+        rows = [
+            f"<tr><td>{i}</td><td>{swatch(colour)}{text(name)}</td>{''.join(f'<td>{percent(v[i])}</td>' for v in columns)}</tr>"
+            for i, (name, colour) in enumerate(zip(classes.names, classes.colours))
+        ]
+        rows.append(f"<tr><th></th><th>mean</th><th>{percent(result['miou'])}</th>{'<th></th>' * (len(columns) - 1)}</tr>")
+        head = "".join(f"<th>{title}</th>" for title in titles)
+        table = f'<div class="wide"><table><tr><th></th><th>class, in %</th>{head}</tr>{"".join(rows)}</table></div>'
+        body.append(f'<div class="charts">{chart}{table}</div>')
+        body.append(
+            "<p>A class with - occurs neither in truth nor in prediction, and no mean counts it. Pixels: share of the labelled ones.</p>"
+        )
+
+    body.append("<h2>Confusion matrix</h2>")
+    if confusion is None:
+        body.append("<p>Left out: python eval.py --report draws it.</p>")
+    else:
+        caption = "Share of the pixels of each class, a row, that were given to each class, in %; below 0.5 % no number."
+        alt = "Confusion matrix, rows are the truth; its diagonal is the recall in the table"
+        body.append(figure(functools.partial(confusion_chart, confusion, classes), alt, caption, wide=True))
+
+    if worst:
+        body.append("<h2>Worst images</h2>")
+        body.append(
+            f"<p>The {len(worst)} with the lowest share of labelled pixels that are right (pixel accuracy). In the errors wrong pixels are "
+            "orange; what has no label is black, and counts nowhere.</p>"
+        )
+        legend = [f"<span>{swatch(colour)}{text(name)}</span>" for name, colour in zip(classes.names, classes.colours)]
+        body.append(f'<div class="legend">{"".join(legend)}</div>')
+        for row in worst:
+            tiles = [
+                f'<figure><img src="{data_uri(*picture)}" alt="{caption} of {text(Path(row["name"]).name)}">'
+                f"<figcaption>{caption}</figcaption></figure>"
+                for caption, picture in row["pictures"].items()
+            ]
+            figures = f"pixel accuracy {percent(row['pixel_accuracy'])} %, mIoU {percent(row['miou'])} %"
+            body.append(
+                f'<div class="row"><h3>{text(row["name"])}</h3><small>{figures}</small><div class="tiles">{"".join(tiles)}</div></div>'
+            )
+
+    for heading, values in (arguments or {}).items():
+        pairs = [
+            f"<div><dt>{text(str(name))}</dt><dd>{text(' '.join(map(str, value)) if isinstance(value, list | tuple) else str(value))}</dd></div>"
+            for name, value in values.items()
+        ]
+        body.append(f'<h2>{text(heading)}</h2><dl class="arguments">{"".join(pairs)}</dl>')
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+        f"<title>{text(title)}</title><style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(page, encoding="utf-8", errors="backslashreplace")  # file names may be no text
+
+
 # ------------------------------------------------------------------------------------------------------------- the modes
 
 
@@ -573,6 +1185,11 @@ def run_evaluation(args: argparse.Namespace) -> dict:
         raise UsageError("--compare is of one scale; leave out --scales, --flip and --window")
     if args.submit and args.dataset != "cityscapes":
         raise UsageError(f"--submit writes Cityscapes' label ids, which {args.dataset} does not have")
+    if args.report:
+        if Path(args.report).suffix.lower() not in (".html", ".htm"):
+            raise UsageError(f"--report {args.report} has the suffix {Path(args.report).suffix!r}, expected .html")
+        if not 0 <= args.report_images <= 1000:
+            raise UsageError(f"--report-images is {args.report_images}, expected 0 to 1000")
     device, rank, world_size = start_processes(args.device)
     if args.scales != [1.0] or args.flip or args.window:
         segment = averaging(model, device, args.scales, args.flip, AMP_DTYPES.get(args.amp or "off"), args.window)
@@ -581,6 +1198,9 @@ def run_evaluation(args: argparse.Namespace) -> dict:
     sheet = ContactSheet(dataset.classes, args.sheet_rows) if args.sheet and rank == 0 else None
     instances = InstanceScores() if all(sample.instances for sample in dataset.samples) else None
     submit = functools.partial(write_submission, dataset, Path(args.submit)) if args.submit else None
+    worst = WorstImages(dataset, args.report_images) if args.report else None
+    if args.report and rank == 0:
+        Path(args.report).parent.mkdir(parents=True, exist_ok=True)  # rather now than after the evaluation
     confusion = evaluate(
         segment,
         dataset,
@@ -591,7 +1211,9 @@ def run_evaluation(args: argparse.Namespace) -> dict:
         sheet=sheet,
         instances=instances,
         each=submit,
+        worst=worst,
     )
+    counted = confusion  # by the precision that was asked for, not that of --compare
     result = metrics(confusion, dataset.classes)
     if instances is not None:
         result |= instances.metrics(confusion)
@@ -622,6 +1244,36 @@ def run_evaluation(args: argparse.Namespace) -> dict:
             sheet.save(args.sheet)
             print(f"wrote {args.sheet}")
     protocol = {"scales": args.scales, "flip": args.flip, "window": args.window}
+    if worst is not None:
+        rows = worst.rows(world_size)
+        if rank == 0:
+            folder = Path(args.weights).resolve().parent
+            log = folder.parent / "logs" / "metrics.jsonl" if folder.name == "checkpoints" else None
+            how = [f"scale {scale:g}" for scale in args.scales] + ["mirrored too"] * args.flip
+            how += [f"windows of {args.window[0]}x{args.window[1]}"] if args.window else []
+            name = "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+            facts = {
+                "weights": args.weights + (f", epoch {checkpoint['epoch']}" if "epoch" in checkpoint else ""),
+                "data": f"{args.data}, {args.dataset} {args.split}, {len(dataset)} images",
+                "protocol": ", ".join(how),
+                "device": f"{name}, precision {args.amp or 'float32'}, {world_size} {'process' if world_size == 1 else 'processes'}",
+            }
+            arguments = {"Arguments of eval.py": vars(args)}
+            if isinstance(checkpoint.get("args"), dict):
+                arguments["Arguments of train.py"] = checkpoint["args"]
+            title = f"Fast-SCNN on {args.dataset} {args.split}"
+            write_report(
+                args.report,
+                title,
+                dataset.classes,
+                result,
+                confusion=counted,
+                log=log,
+                worst=rows,
+                facts=facts,
+                arguments=arguments,
+            )
+            print(f"wrote {args.report}")
     return {"dataset": args.dataset, "split": args.split, "images": len(dataset), **protocol, **result}
 
 
@@ -1550,6 +2202,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--sheet", metavar="FILE", help="also write a contact sheet: image | truth | prediction")
     parser.add_argument("--sheet-rows", type=int, default=6, metavar="N", help="images on the sheet (default: %(default)s)")
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="also write figures, training curves, confusion matrix and the worst images as one page, such as runs/report.html",
+    )
+    parser.add_argument(
+        "--report-images",
+        type=int,
+        default=6,
+        metavar="N",
+        help="worst images on it, by pixel accuracy (default: %(default)s)",
+    )
     parser.add_argument(
         "--predict",
         metavar="PATH",

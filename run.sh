@@ -75,12 +75,13 @@ main_job() {
   fi
   train --data "$data" --out "$out" --resume auto ${flags[@]+"${flags[@]}"}
   local weights=$out/checkpoints/best_model.pth
-  "$python" eval.py --weights "$weights" --data "$data" --sheet "$out/sheet.png"
+  "$python" eval.py --weights "$weights" --data "$data" --sheet "$out/sheet.png" --report "$out/report.html"
   cat <<TEXT
 
 written: $weights, the best network by validation mIoU
          $out/logs/train.log, what you have just read; metrics.jsonl beside it for programs
          $out/sheet.png, image | truth | prediction
+         $out/report.html, curves, figures, confusion matrix and the worst images; open it in a browser
 next:    bash run.sh eval --weights $weights --data $data
          bash run.sh eval --weights $weights --predict FOLDER_OF_IMAGES --out runs/predictions
          bash run.sh train --data datasets/cityscapes   (README.md says how to get the data)
