@@ -1051,7 +1051,7 @@ def write_report(
     def figure(draw: Callable[[Theme], Chart], alt: str, caption: str = "", wide: bool = False) -> str:
         light, dark = draw(LIGHT), draw(DARK)
         return (
-            f'<figure{" class=wide" if wide else ""}><picture><source media="(prefers-color-scheme: dark)" '
+            f'<figure{" class=wide" if wide else ""}><picture><source media="screen and (prefers-color-scheme: dark)" '
             f'srcset="{data_uri("png", dark.png())}"><img src="{data_uri("png", light.png())}" width="{light.width}" '
             f'height="{light.height}" alt="{text(alt)}"></picture>{f"<figcaption>{caption}</figcaption>" if caption else ""}</figure>'
         )
@@ -1188,8 +1188,8 @@ def run_evaluation(args: argparse.Namespace) -> dict:
     if args.report:
         if Path(args.report).suffix.lower() not in (".html", ".htm"):
             raise UsageError(f"--report {args.report} has the suffix {Path(args.report).suffix!r}, expected .html")
-        if not 0 <= args.report_images <= 1000:
-            raise UsageError(f"--report-images is {args.report_images}, expected 0 to 1000")
+        if not 0 <= args.report_images <= 25:
+            raise UsageError(f"--report-images is {args.report_images}, expected 0 to 25")
     device, rank, world_size = start_processes(args.device)
     if args.scales != [1.0] or args.flip or args.window:
         segment = averaging(model, device, args.scales, args.flip, AMP_DTYPES.get(args.amp or "off"), args.window)
@@ -2212,7 +2212,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=int,
         default=6,
         metavar="N",
-        help="worst images on it, by pixel accuracy (default: %(default)s)",
+        help="worst images on it, by pixel accuracy, at most 25 (default: %(default)s)",
     )
     parser.add_argument(
         "--predict",

@@ -6,7 +6,8 @@
 
 The defaults are the Cityscapes recipe, and mean the same on 1, 2, 4 and 8 processes: --batch-size counts the images of all
 processes together, and the learning rate follows it. Writes below --out: checkpoints/{epoch}.pth, which hold all that
-resuming needs, checkpoints/best_model.pth, logs/train.log for people and logs/metrics.jsonl for programs.
+resuming needs, checkpoints/best_model.pth, logs/train.log for people and logs/metrics.jsonl for programs, and at the end report.html,
+a page with curves and figures.
 
 The random numbers of a step depend on the seed, the step and the process alone, so a run that is interrupted anywhere and resumed
 goes on as if nothing had happened. SIGTERM and Ctrl-C end the step, save, and leave with status 75; a second one leaves at once.
@@ -28,7 +29,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -66,9 +66,11 @@ from eval import (
     UsageError,
     evaluate,
     exit_status,
+    git_revision,
     metrics,
     outlive_signals,
     start_processes,
+    write_report,
 )
 from model import VARIANTS, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint
 from ops_ext import accelerate, implementations, upsample_cross_entropy
@@ -739,6 +741,7 @@ class Run:
     average: MovingAverage | None = None
     teacher: FastSCNN | None = None
     best_miou: float = -1.0
+    validated: dict | None = None  # figures of the last validation
 
     @property
     def evaluated(self) -> FastSCNN:
@@ -1293,7 +1296,7 @@ def finish_epoch(run: Run, val_set: SegmentationDataset, epoch: int, total_epoch
     if not due:
         return
     with run.signals.raising():
-        result = validate(run, val_set)
+        result = run.validated = validate(run, val_set)
     run.log.line(f"epoch {epoch}/{total_epochs}  mIoU {result['miou']:.4f}  pixel accuracy {result['pixel_accuracy']:.4f}")
     run.log.record(kind="val", epoch=epoch, **result)
     if result["miou"] > run.best_miou:
@@ -1359,14 +1362,6 @@ def prepare_output(out: Path, resumed: tuple[Path, dict] | None) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
-
-
-def git_revision() -> str:
-    """Commit of this code, or "unknown"."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=10"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return "unknown"
 
 
 def keep_freed_memory() -> None:
@@ -1507,6 +1502,16 @@ def main(argv: list[str] | None = None) -> int:
                     writer.wait()
             if failed:
                 failed.result()
+        if run.validated and rank == 0:
+            write_report(
+                out / "report.html",
+                f"Fast-SCNN on {args.dataset} {args.val_split}",
+                classes,
+                run.validated,
+                log=out / "logs" / "metrics.jsonl",
+                facts={"device": str(device)},
+                arguments={"Arguments of train.py": vars(args)},
+            )
         log.line(f"done: best mIoU {run.best_miou:.4f}, {out / 'checkpoints' / 'best_model.pth'}")
         return 0
     except RuntimeError as error:
