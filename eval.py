@@ -1923,8 +1923,6 @@ def run_prediction(args: argparse.Namespace) -> dict:
         raise UsageError("--legend makes pictures higher, which raw frames cannot be; leave it out")
     if args.legend and args.style == "labels":
         raise UsageError("--legend names colours, which --style labels does not have; leave it out")
-    if not 0 <= args.strength <= 1:
-        raise UsageError(f"--strength is {args.strength}, expected 0 to 1")
     out = Path(args.out)
     pictures, videos = ({}, {}) if raw else find_pictures(Path(args.predict), out, args.style)
     if videos:
@@ -2304,6 +2302,8 @@ def main(argv: list[str] | None = None) -> None:
         if not least <= value <= most:
             bound = f"at least {least}" if value < least else f"at most {most}"
             raise UsageError(f"--{name.replace('_', '-')} is {value}, expected {bound}")
+    if not 0 <= args.strength <= 1:
+        raise UsageError(f"--strength is {args.strength}, expected 0 to 1")
     if not all(0 < scale <= MAX_SCALE for scale in args.scales):  # nor is nan
         raise UsageError(
             f"--scales are {' '.join(map(str, args.scales))}, expected factors above 0, at most {MAX_SCALE}, such as 0.75 1.0 1.25"

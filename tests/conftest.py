@@ -64,12 +64,12 @@ def folder_dataset(tmp_path) -> Path:
     return root
 
 
-def run_script(script: str, *args, processes: int = 1, timeout: int = 300) -> subprocess.CompletedProcess:
+def run_script(script: str, *args, processes: int = 1, timeout: int = 300, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """A script of the project in a process of its own, or in several under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # the same sums in the same order, however many processes
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=cwd)
 
 
 def last_json(output: str) -> dict:

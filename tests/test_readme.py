@@ -30,6 +30,8 @@ ELSEWHERE = {
     "bash run.sh test": "this suite",
     "python tests/kills.py --kills 50": "tests/test_reliability.py runs what it runs",
     "python tests/kills.py --kills 20 --processes 2": "the same",
+    "python tests/fuzz.py --count 20000 --only images labels classes": "tests/test_fuzz.py runs less of it",
+    "python tests/fuzz.py --count 3000 --only checkpoints commands kernels": "the same",
 }
 SMALL_TRAINING = ("--epochs 1 --batch-size 4 --crop-size 64 96 --workers 0 --val-every 1 --device cpu --amp off").split()
 
@@ -118,7 +120,7 @@ def test_every_command_runs(project):
                 [*"ffmpeg -v error -y -f lavfi -i testsrc=size=96x64:rate=5:duration=1".split(), "VIDEO.mp4"], check=True
             )
         if processes > 1:
-            done = run_script(program, *args, processes=processes)
+            done = run_script(program, *args, processes=processes, cwd=project)
             assert done.returncode == 0, f"{command}\n{done.stderr}"
             continue
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
