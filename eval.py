@@ -120,8 +120,12 @@ def exit_status(program: str, main: Callable[[], int | None]) -> int:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
     finally:
-        for worker in multiprocessing.active_children():  # of a loader that an error left behind
-            worker.kill()
+        if workers := multiprocessing.active_children():  # of a loader that an error left behind
+            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's takes their end for a fault
+            for worker in workers:
+                worker.kill()
+                worker.join()
+            signal.signal(signal.SIGCHLD, handler)
 
 
 # --------------------------------------------------------------------------------------------------- devices and processes
