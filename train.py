@@ -1515,9 +1515,8 @@ def main(argv: list[str] | None = None) -> int:
         log.line(f"done: best mIoU {run.best_miou:.4f}, {out / 'checkpoints' / 'best_model.pth'}")
         return 0
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(
-            error
-        ):  # on the CPU it has no class of its own
+        full = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)  # the CPU's has no class of its own
+        if full:
             raise UsageError(
                 f"{args.batch_size} crops of {args.crop_size[0]}x{args.crop_size[1]} do not fit in memory; lower --batch-size or --crop-size"
             ) from None
