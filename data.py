@@ -1217,7 +1217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--sheet", metavar="FILE", help="write a picture of some images with their labels, and the colours")
     command.add_argument("--rows", type=int, default=6, metavar="N", help="images of each split on it (default: %(default)s)")
     args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # file names may be no text in the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if args.sheet and Path(args.sheet).suffix.lower() not in Image.registered_extensions():
             raise DataError(f"--sheet {args.sheet} has no suffix of an image format; give e.g. sheet.png")
