@@ -945,9 +945,8 @@ def error_pictures(image: Tensor, truth: Tensor, prediction: Tensor, classes: Cl
     """{caption: (type, file)} of (H, W, 3) uint8 RGB and its (H, W) label maps, as wide as TILE; JPEG where there is a photograph."""
     photograph = Image.fromarray(image.numpy())
     size = TILE, max(1, round(TILE * photograph.height / photograph.width))
-    wrong = ((truth != prediction) & (truth != IGNORE)).numpy()
     errors = 96 + np.asarray(photograph.convert("L"), np.float32)[..., None].repeat(3, 2) * 0.6
-    errors[wrong] = ImageColor.getrgb(LIGHT.second)
+    errors[(truth != prediction).numpy()] = ImageColor.getrgb(LIGHT.second)
     errors[(truth == IGNORE).numpy()] = 0
     how = Image.Resampling.BOX if photograph.width > TILE else Image.Resampling.NEAREST
     maps = {name: colour_map(label.numpy(), classes) for name, label in (("truth", truth), ("prediction", prediction))}

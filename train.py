@@ -741,7 +741,7 @@ class Run:
     average: MovingAverage | None = None
     teacher: FastSCNN | None = None
     best_miou: float = -1.0
-    validated: dict | None = None  # figures of the last validation
+    validated: tuple[dict, Tensor] | None = None  # figures and confusion matrix of the last validation
 
     @property
     def evaluated(self) -> FastSCNN:
@@ -861,8 +861,8 @@ def train_one_epoch(
                 raise Stopped(run.signals.received or signal.SIGTERM)
 
 
-def validate(run: Run, dataset: SegmentationDataset) -> dict:
-    """Metrics of the whole split, its images shared out over the processes.
+def validate(run: Run, dataset: SegmentationDataset) -> tuple[dict, Tensor]:
+    """Metrics and (C, C) confusion matrix of the whole split, its images shared out over the processes.
 
     Raises:
         UsageError: no pixel of the split has a label.
@@ -877,7 +877,7 @@ def validate(run: Run, dataset: SegmentationDataset) -> dict:
     result = metrics(confusion, dataset.classes)
     if result["miou"] is None:
         raise UsageError(f"no pixel of split {run.args.val_split} has a label; check the label maps below {run.args.data}")
-    return result
+    return result, confusion
 
 
 # ------------------------------------------------------------------------------------------------------- loader, benchmark
@@ -1296,7 +1296,7 @@ def finish_epoch(run: Run, val_set: SegmentationDataset, epoch: int, total_epoch
     if not due:
         return
     with run.signals.raising():
-        result = run.validated = validate(run, val_set)
+        result, _ = run.validated = validate(run, val_set)
     run.log.line(f"epoch {epoch}/{total_epochs}  mIoU {result['miou']:.4f}  pixel accuracy {result['pixel_accuracy']:.4f}")
     run.log.record(kind="val", epoch=epoch, **result)
     if result["miou"] > run.best_miou:
@@ -1507,7 +1507,8 @@ def main(argv: list[str] | None = None) -> int:
                 out / "report.html",
                 f"Fast-SCNN on {args.dataset} {args.val_split}",
                 classes,
-                run.validated,
+                run.validated[0],
+                confusion=run.validated[1],
                 log=out / "logs" / "metrics.jsonl",
                 facts={"device": str(device)},
                 arguments={"Arguments of train.py": vars(args)},

@@ -125,12 +125,14 @@ def test_ticks_of_any_range_are_few_and_whole_where_asked():
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK])
 def test_a_bar_is_as_long_as_the_iou_of_its_class(theme):
-    image = pixels(class_chart({"left": 1.0, "right": 0.5}, 0.75, TWO, theme))
-    full, half = where(image, TWO.colours[0])[:, 1], where(image, TWO.colours[1])[:, 1]
-    axis = full.max() - full.min() + 1
-    assert full.min() == half.min()
-    assert (half.max() - half.min() + 1) / axis == pytest.approx(0.5, abs=0.01)
+    image = pixels(class_chart({"left": 0.9, "right": 0.5}, 0.7, TWO, theme))
+    first = where(image, TWO.colours[0])[:, 1].min()
+    grid = np.bincount(where(image, theme.grid, 2)[:, 1])
+    axis = np.flatnonzero(grid > grid.max() / 2)[-1] - first  # to the line of 100
     assert axis > image.shape[1] / 2
+    for colour, share in zip(TWO.colours, (0.9, 0.5)):
+        bar = where(image, colour)[:, 1]
+        assert bar.min() == first and (bar.max() - first) / axis == pytest.approx(share, abs=0.01)
 
 
 def test_a_class_that_does_not_occur_has_no_bar_but_a_dash():
