@@ -532,7 +532,6 @@ def test_benchmark_measures_and_writes_nothing(drawn, tmp_path, capsys, cache):
         ({"scale_range": (1, math.inf)}, "--scale-range is 1.0 inf"),
         ({"peer_timeout": 0}, "--peer-timeout is 0.0, expected 0.1"),
         ({"seed": 2**64}, "--seed is 18446744073709551616, expected 0 to"),
-        ({"batch_size": 4000, "crop_size": (16384, 16384)}, "4000 crops of 16384x16384 do not fit in memory"),
         ({"amp": "int8"}, "invalid choice: 'int8'"),
         ({"workers": -1}, "--workers is -1, expected 0 to 512"),
         ({"base_lr": -1}, "--base-lr is -1.0, expected 0 to"),
@@ -544,6 +543,15 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(drawn, tmp_path, capsys
     error = capsys.readouterr().err
     assert message in error and error.startswith("train.py: ") and error.count("\n") == 1
     assert not list(tmp_path.rglob("*.pth")) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_too_little_memory_is_one_line(drawn, tmp_path, monkeypatch, capsys):
+    def allocate(*_):
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(train, "train_step", allocate)
+    assert run(drawn, tmp_path / "r") == 2
+    assert capsys.readouterr().err.startswith("train.py: 4 crops of 64x96 do not fit in memory; lower --batch-size")
 
 
 def test_batch_that_does_not_divide_over_the_processes(drawn, tmp_path, monkeypatch, capsys):
