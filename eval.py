@@ -88,6 +88,16 @@ class OneLineParser(argparse.ArgumentParser):
         raise UsageError(f"{message}; --help lists all flags")
 
 
+def check_bounds(args: argparse.Namespace, bounds: dict[str, tuple[float, float]]) -> None:
+    """Raises UsageError for a flag beyond its bounds, both ends included, or nan; the keys are names, or several in one string."""
+    for names, (least, most) in bounds.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not least <= value <= most:
+                bound = f"at least {least}" if value < least else f"at most {most}"
+                raise UsageError(f"--{name.replace('_', '-')} is {value}, expected {bound}")
+
+
 def exit_status(program: str, main: Callable[[], int | None]) -> int:
     """Runs `main`, then leaves the process group that it joined, if any; its status is what `main` returned, or else 0.
 
@@ -1191,8 +1201,6 @@ def run_evaluation(args: argparse.Namespace) -> dict:
     if args.report:
         if Path(args.report).suffix.lower() not in (".html", ".htm"):
             raise UsageError(f"--report {args.report} has the suffix {Path(args.report).suffix!r}, expected .html")
-        if not 0 <= args.report_images <= 25:
-            raise UsageError(f"--report-images is {args.report_images}, expected 0 to 25")
     device, rank, world_size = start_processes(args.device)
     if args.scales != [1.0] or args.flip or args.window:
         segment = averaging(model, device, args.scales, args.flip, AMP_DTYPES.get(args.amp or "off"), args.window)
@@ -2052,7 +2060,7 @@ def export(model: nn.Module, path: str | Path, output: str = "labels") -> None:
         raise UsageError(f"--export {path} has the suffix {path.suffix!r}, expected .onnx or .pt2")
     if path.suffix == ".onnx":
         for package in ("onnx", "onnxscript"):
-            _import(package, "--export to ONNX")
+            import_option(package, "--export to ONNX")
     sizes = {0: torch.export.Dim("batch", min=1, max=1024)}
     # From 33 pixels on: at 32 the innermost map is a single pixel, which export would take for a constant.
     sizes |= {1: torch.export.Dim("height", min=33, max=2**14), 2: torch.export.Dim("width", min=33, max=2**14)}
@@ -2107,7 +2115,7 @@ def run_export_weights(args: argparse.Namespace) -> dict:
 
 def onnx_session(path: str | Path) -> Callable[[Tensor], Tensor]:
     """An ONNX file in ONNX Runtime, on PyTorch's number of threads."""
-    runtime = _import("onnxruntime", "running ONNX")
+    runtime = import_option("onnxruntime", "running ONNX")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -2121,7 +2129,7 @@ def _in_onnxruntime(model: nn.Module, device: torch.device) -> Callable[[Tensor]
 
 
 def _in_openvino(model: nn.Module, device: torch.device, precision: str = "f32") -> Callable[[Tensor], Tensor]:
-    openvino = _import("openvino", "--against openvino")
+    openvino = import_option("openvino", "--against openvino")
     with tempfile.TemporaryDirectory() as folder:
         export(model, Path(folder) / "model.onnx")
         network = openvino.Core().read_model(Path(folder) / "model.onnx")
@@ -2166,7 +2174,8 @@ RUNTIMES = {
 }
 
 
-def _import(package: str, purpose: str):
+def import_option(package: str, purpose: str):
+    """A package that is no requirement. Raises UsageError where it is not installed."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -2293,20 +2302,18 @@ def main(argv: list[str] | None = None) -> None:
     args.data = args.data or f"datasets/{args.dataset}"
     if not args.weights and not args.benchmark:
         raise UsageError("--weights FILE is missing; train.py writes runs/checkpoints/best_model.pth")
-    bounds = {
-        "workers": (0, 1024),
-        "sheet_rows": (1, 10**4),
-        "batch_size": (1, 10**6),
-        "repeats": (1, 10**6),
-        "warmup": (0, 10**6),
-    }
-    for name, (least, most) in bounds.items():
-        value = getattr(args, name)
-        if not least <= value <= most:
-            bound = f"at least {least}" if value < least else f"at most {most}"
-            raise UsageError(f"--{name.replace('_', '-')} is {value}, expected {bound}")
-    if not 0 <= args.strength <= 1:
-        raise UsageError(f"--strength is {args.strength}, expected 0 to 1")
+    check_bounds(
+        args,
+        {
+            "workers": (0, 1024),
+            "sheet_rows": (1, 10**4),
+            "report_images": (0, 25),
+            "batch_size": (1, 10**6),
+            "repeats": (1, 10**6),
+            "warmup": (0, 10**6),
+            "strength": (0, 1),
+        },
+    )
     if not all(0 < scale <= MAX_SCALE for scale in args.scales):  # nor is nan
         raise UsageError(
             f"--scales are {' '.join(map(str, args.scales))}, expected factors above 0, at most {MAX_SCALE}, such as 0.75 1.0 1.25"

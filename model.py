@@ -635,7 +635,6 @@ _ENTRIES = {
     "epoch": ("a number of epochs", _is_count),
     "steps": ("a number of steps", _is_count),
     "steps_per_epoch": ("a number of steps", lambda value: _is_count(value) and value > 0),
-    "averaged_steps": ("a number of steps", _is_count),
     "world_size": ("a number of processes", lambda value: _is_count(value) and value > 0),
     "tally": ("sums of losses and counts of steps", _is_tally),
     "optimizer": ("an optimiser's state", _is_optimizer_state),

@@ -64,9 +64,11 @@ from eval import (
     AMP_DTYPES,
     OneLineParser,
     UsageError,
+    check_bounds,
     evaluate,
     exit_status,
     git_revision,
+    import_option,
     metrics,
     outlive_signals,
     start_processes,
@@ -114,10 +116,8 @@ BOUNDS = {
     "hue": (0, 180),
     "save_minutes": (0, 10**6),
     "peer_timeout": (0.1, 10**4),
-    "dropout ohem ema momentum brightness channel_noise contrast saturation label_smoothing half_resolution max_class_share": (
-        0,
-        1,
-    ),
+    "brightness channel_noise contrast saturation label_smoothing half_resolution max_class_share": (0, 1),
+    "dropout ohem ema momentum": (0, 1),
 }
 
 
@@ -243,11 +243,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace, world_size: int) -> None:
     """Raises UsageError for values that cannot work, before anything is read or written."""
-    for names, (least, most) in BOUNDS.items():
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not least <= value <= most:  # so is nan
-                raise UsageError(f"--{name.replace('_', '-')} is {value}, expected {least} to {most}")
+    check_bounds(args, BOUNDS)
     if args.batch_size % world_size:
         fitting = max(1, args.batch_size // world_size) * world_size
         raise UsageError(f"--batch-size {args.batch_size} does not divide over {world_size} processes; give e.g. {fitting}")
@@ -509,10 +505,9 @@ class Log:
         self.text = self.records = self.board = None
         if rank == 0 and folder:
             if tensorboard:
-                try:
-                    from torch.utils.tensorboard import SummaryWriter
-                except ImportError:
-                    raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+                import_option("tensorboard", "--tensorboard")
+                from torch.utils.tensorboard import SummaryWriter
+
                 self.board = SummaryWriter(str(folder))
             folder.mkdir(parents=True, exist_ok=True)
             self.text = open(folder / "train.log", "a", encoding="utf-8", errors="backslashreplace")
@@ -578,7 +573,7 @@ class Tally:
     Attributes:
         loss_sum: of this process, over the steps since the last log line that were not skipped.
         steps: since the last log line.
-        skipped: (4,) int64: steps skipped since the last log line, in a row until now, in the longest row, in all.
+        skipped: (4,) int64: steps skipped since the last log line, in a row until now, in the longest row since that line, in all.
     """
 
     def __init__(self, device: torch.device):
@@ -602,7 +597,7 @@ class Tally:
         counted = self.steps - skipped[0]
         mean = self.loss_sum.item() / counted if counted else None
         self.loss_sum.zero_()
-        self.skipped[0] = self.steps = 0
+        self.skipped[0] = self.skipped[2] = self.steps = 0
         return mean, skipped
 
     def state(self, world_size: int) -> dict:
@@ -1273,7 +1268,6 @@ def save_training(run: Run, classes: Classes, epoch: int, steps: int, steps_per_
         }
         if run.average:
             state["trained"] = run.model.state_dict()  # of which `model` is the average
-            state["averaged_steps"] = run.average.steps
         folder = Path(run.args.out) / "checkpoints"
         path = folder / (f"{epoch}+{steps}.pth" if steps else f"{epoch}.pth")
         run.writer.save(state, path, functools.partial(remove_old, folder, run.args.keep))
@@ -1513,6 +1507,8 @@ def main(argv: list[str] | None = None) -> int:
                 facts={"device": str(device)},
                 arguments={"Arguments of train.py": vars(args)},
             )
+        if skipped := int(tally.skipped[3]):
+            log.line(f"{skipped} steps in all had no finite loss and gradient, and were skipped")
         log.line(f"done: best mIoU {run.best_miou:.4f}, {out / 'checkpoints' / 'best_model.pth'}")
         return 0
     except RuntimeError as error:
@@ -1542,7 +1538,7 @@ def resume(run: Run, path: Path, checkpoint: dict, steps_per_epoch: int) -> tupl
         steps = steps * steps_per_epoch // of
     if run.average:
         run.average.model.load_state_dict(checkpoint["model"])
-        run.average.steps = checkpoint.get("averaged_steps", epoch * steps_per_epoch + steps)
+        run.average.steps = epoch * steps_per_epoch + steps
     total, last = args.epochs * steps_per_epoch, epoch * steps_per_epoch + steps - 1
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(min(last, total - 1), total, args.lr, args.warmup_steps, args.schedule)
@@ -1556,6 +1552,8 @@ def resume(run: Run, path: Path, checkpoint: dict, steps_per_epoch: int) -> tupl
         run.scaler.load_state_dict(checkpoint["scaler"])
     if "tally" in checkpoint:
         run.tally.load(checkpoint["tally"], run.rank, run.world_size)
+        if run.tally.skipped[2] >= args.max_skipped:  # they were about to end the run, which gets another chance
+            run.tally.skipped[1:3] = 0
     run.best_miou = checkpoint["best_miou"]
     before = {name: value for name, value in checkpoint["args"].items() if name != "resume"}
     now = {name: value for name, value in vars(args).items() if name != "resume"}

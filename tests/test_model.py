@@ -282,7 +282,6 @@ TRAINING = {
     "args": {"data": "x", "epochs": 3, "amp": "off"},
     "steps": 5,
     "steps_per_epoch": 7,
-    "averaged_steps": 19,
     "world_size": 2,
     "tally": {"loss_sums": torch.zeros(2), "steps": 5, "skipped": torch.zeros(4, dtype=torch.int64)},
 }
@@ -336,7 +335,6 @@ TRAINING = {
         {"steps": -1},
         {"steps": 1.5},
         {"steps_per_epoch": 0},
-        {"averaged_steps": None},
         {"world_size": 0},
         {"tally": 1},
         {"tally": {"loss_sums": torch.zeros(2), "steps": 5, "skipped": torch.zeros(4)}},

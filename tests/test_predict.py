@@ -226,8 +226,8 @@ def test_results_below_the_folder_are_not_segmented_again(tmp_path, capsys):
         (["--predict", "-", "--out", "-", "--size", "31", "64"], "--size is 31 64, expected at least 32 pixels each"),
         (["--predict", "-", "--out", "-", "--size", "64", "64", "--legend"], "--legend makes pictures higher"),
         (["--predict", "{}", "--legend", "--style", "labels"], "--legend names colours"),
-        (["--predict", "{}", "--strength", "1.5"], "--strength is 1.5, expected 0 to 1"),
-        (["--predict", "{}", "--strength", "nan"], "--strength is nan, expected 0 to 1"),
+        (["--predict", "{}", "--strength", "1.5"], "--strength is 1.5, expected at most 1"),
+        (["--predict", "{}", "--strength", "nan"], "--strength is nan, expected at most 1"),
     ],
 )
 def test_flags_that_do_not_go_together(tmp_path, capsys, flags, message):

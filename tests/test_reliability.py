@@ -48,8 +48,9 @@ def patched(folder, body):
 # ---------------------------------------------------------------------------------------------------------- exact resuming
 
 
-@pytest.mark.parametrize("cache, workers", [("none", 0), ("none", 2), ("device", 0)])
-def test_stopped_within_an_epoch_and_resumed_equals_uninterrupted(drawn, tmp_path, monkeypatch, capsys, cache, workers):
+@pytest.mark.parametrize("cache, workers, amp", [("none", 0, "off"), ("none", 2, "fp16"), ("device", 0, "bf16")])
+def test_stopped_within_an_epoch_and_resumed_equals_uninterrupted(drawn, tmp_path, monkeypatch, capsys, cache, workers, amp):
+    tmp_path = tmp_path / "mit Leerzeichen \u00e4\u4e2d"
     teacher = tmp_path / "teacher/checkpoints/1.pth"
     assert run(drawn, tmp_path / "teacher", epochs=1) == 0
     choices = {
@@ -60,6 +61,7 @@ def test_stopped_within_an_epoch_and_resumed_equals_uninterrupted(drawn, tmp_pat
         "log_every": 4,
         "cache": cache,
         "workers": workers,
+        "amp": amp,
     }
     assert run(drawn, tmp_path / "whole", **choices) == 0
     with monkeypatch.context() as patch:
@@ -408,7 +410,7 @@ def test_steps_without_a_finite_loss_are_skipped_as_if_they_had_not_been(
     monkeypatch.setattr(train.Writer, "save", lambda self, state, *_: states.append(train.detached(state)))
     assert run(drawn, tmp_path / "r", **choices) == 0
     start, second, end = states[0], states[1], states[2]
-    assert torch.equal(end["tally"]["skipped"], torch.tensor([0, 1, 1, 2]))
+    assert torch.equal(end["tally"]["skipped"], torch.tensor([0, 1, 0, 2]))
     # The first step left no trace but its count; the third left what the second had made of it.
     fresh = train.FastSCNN(19, aux=True, dropout=0)
     for name, value in start["trained"].items():
@@ -452,6 +454,22 @@ def test_two_processes_skip_together(drawn, tmp_path):
         (6, 0),
     ]
     assert all(torch.isfinite(v).all() for v in read_checkpoint(tmp_path / "r/checkpoints/2.pth")["model"].values())
+
+
+def test_a_run_that_was_about_to_end_for_skipped_steps_can_be_resumed(drawn, tmp_path, monkeypatch, capsys):
+    choices = {
+        "epochs": 1,
+        "batch_size": 2,
+        "max_skipped": 3,
+        "log_every": 100,
+    }  # six steps, of which the last has the only line
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Objective, "__call__", loss_with([1, *[math.nan] * 4]))
+        stop_after(patch, 5)
+        assert run(drawn, tmp_path / "r", **choices) == train.STOPPED
+    assert read_checkpoint(tmp_path / "r/checkpoints/0+5.pth")["tally"]["skipped"].tolist() == [4, 4, 4, 4]
+    assert run(drawn, tmp_path / "r", **choices, resume="auto") == 0
+    assert "4 steps in all had no finite loss and gradient" in capsys.readouterr().out
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run(drawn, tmp_path, monkeypatch, capsys):

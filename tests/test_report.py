@@ -521,7 +521,7 @@ def test_weights_outside_a_run_have_no_curves(run_folder, drawn, tmp_path, capsy
     [
         (["--report", "page"], "--report page has the suffix '', expected .html"),
         (["--report", "page.pdf"], "--report page.pdf has the suffix '.pdf', expected .html"),
-        (["--report", "page.html", "--report-images", "-1"], "--report-images is -1, expected 0 to 25"),
+        (["--report", "page.html", "--report-images", "-1"], "--report-images is -1, expected at least 0"),
     ],
 )
 def test_wrong_flags_are_said_before_the_evaluation(run_folder, drawn, flags, message):

@@ -514,10 +514,10 @@ def test_benchmark_measures_and_writes_nothing(drawn, tmp_path, capsys, cache):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"batch_size": 0}, "--batch-size is 0, expected 1 to 65536"),
+        ({"batch_size": 0}, "--batch-size is 0, expected at least 1"),
         ({"batch_size": 1}, "one image per process leaves batch normalisation"),
-        ({"epochs": 0}, "--epochs is 0, expected 1 to 1000000"),
-        ({"benchmark": 0}, "--benchmark is 0, expected 1 to"),
+        ({"epochs": 0}, "--epochs is 0, expected at least 1"),
+        ({"benchmark": 0}, "--benchmark is 0, expected at least 1"),
         ({"crop_size": (16, 64)}, "--crop-size is 16 64, expected 32 to 16384 pixels each"),
         ({"scale_range": (2.0, 0.5)}, "--scale-range is 2.0 0.5"),
         ({"loss_scale": "large"}, "--loss-scale is large, expected dynamic or a positive number"),
@@ -528,13 +528,13 @@ def test_benchmark_measures_and_writes_nothing(drawn, tmp_path, capsys, cache):
             {"base_lr": 1e30, "warmup_steps": 0, "max_skipped": 2},
             "loss or gradients were no finite numbers in 2 steps in a row",
         ),
-        ({"base_lr": math.nan}, "--base-lr is nan, expected 0 to"),
+        ({"base_lr": math.nan}, "--base-lr is nan, expected at most"),
         ({"scale_range": (1, math.inf)}, "--scale-range is 1.0 inf"),
-        ({"peer_timeout": 0}, "--peer-timeout is 0.0, expected 0.1"),
-        ({"seed": 2**64}, "--seed is 18446744073709551616, expected 0 to"),
+        ({"peer_timeout": 0}, "--peer-timeout is 0.0, expected at least 0.1"),
+        ({"seed": 2**64}, "--seed is 18446744073709551616, expected at most 9223372036854775807"),
         ({"amp": "int8"}, "invalid choice: 'int8'"),
-        ({"workers": -1}, "--workers is -1, expected 0 to 512"),
-        ({"base_lr": -1}, "--base-lr is -1.0, expected 0 to"),
+        ({"workers": -1}, "--workers is -1, expected at least 0"),
+        ({"base_lr": -1}, "--base-lr is -1.0, expected at least 0"),
         ({"dropout": 1}, "--dropout is 1.0, expected less than 1"),
     ],
 )
@@ -667,7 +667,7 @@ def test_nothing_to_resume_is_said(drawn, tmp_path, capsys):
 
 def test_tensorboard_is_written_where_it_is_asked_for(drawn, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where it is not installed
+        patch.setitem(sys.modules, "tensorboard", None)  # as where it is not installed
         assert run(drawn, tmp_path / "r", epochs=1, tensorboard=True) == 2
         assert "--tensorboard needs the package tensorboard: pip install tensorboard" in capsys.readouterr().err
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard here")
