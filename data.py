@@ -50,9 +50,6 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp")
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")  # whatever a file is called, no other of Pillow's readers sees it
 CLASS_FILE_BYTES = 2**20  # classes.json has no more
 
-# Pillow warns of what is no error here: Exif data in disorder, pictures of 90 megapixels. What is one, it raises.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
 
 class DataError(ValueError):
     """Data that the user can mend; the message names the file, what is wrong with it and a remedy."""
@@ -68,6 +65,12 @@ class Classes:
     names: tuple[str, ...]
     colours: tuple[tuple[int, int, int], ...]
     categories: tuple[str, ...] = ()
+
+    def palette(self) -> np.ndarray:
+        """(256, 3) uint8 RGB colours of the train ids; what is no class is black."""
+        palette = np.zeros((256, 3), np.uint8)
+        palette[: len(self.colours)] = self.colours
+        return palette
 
     def to_dict(self) -> dict[str, list]:
         """Plain types, for checkpoints and JSON."""
@@ -326,6 +329,11 @@ def _pair(
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading
+
+
+def quiet_pillow() -> None:
+    """For programs: no warnings of what is no error here, Exif data in disorder and pictures of 90 megapixels. What is one, it raises."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -1153,10 +1161,8 @@ def _tile(image: Image.Image, label: Image.Image, classes: Classes) -> tuple[Ima
     """An image, small, and the same with its labels in colours laid over it; what is ignored stays as it is."""
     size = (_TILE_WIDTH, max(1, round(_TILE_WIDTH * image.height / image.width)))
     image, label = image.resize(size, Image.Resampling.BILINEAR), np.asarray(label.resize(size, Image.Resampling.NEAREST))
-    palette = np.zeros((256, 3), np.uint8)
-    palette[: len(classes.colours)] = classes.colours
     mask = Image.fromarray(np.where(label == IGNORE, 0, 170).astype(np.uint8))
-    return image, Image.composite(Image.fromarray(palette[label]), image, mask)
+    return image, Image.composite(Image.fromarray(classes.palette()[label]), image, mask)
 
 
 def _save_sheet(tiles: list[tuple[Image.Image, Image.Image]], classes: Classes, path: Path) -> None:
@@ -1217,6 +1223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--sheet", metavar="FILE", help="write a picture of some images with their labels, and the colours")
     command.add_argument("--rows", type=int, default=6, metavar="N", help="images of each split on it (default: %(default)s)")
     args = parser.parse_args(argv)
+    quiet_pillow()
     if hasattr(sys.stdout, "reconfigure"):  # file names may be no text in the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

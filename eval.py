@@ -66,6 +66,7 @@ from data import (
     SegmentationDataset,
     normalise,
     open_dataset,
+    quiet_pillow,
     read_image,
 )
 from model import MIN_SIZE, VARIANTS, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint, save_for_peer
@@ -104,6 +105,7 @@ def exit_status(program: str, main: Callable[[], int | None]) -> int:
     What the user can mend becomes one line on stderr and status 2; faults keep their traceback.
     """
     rank = os.environ.get("RANK", "0")
+    quiet_pillow()
     for stream in (sys.stdout, sys.stderr):  # file names may be no text in the terminal's encoding
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -526,17 +528,10 @@ def write_submission(dataset: SegmentationDataset, folder: Path, index: int, pre
 # --------------------------------------------------------------------------------------------------------------- pictures
 
 
-def palette_of(classes: Classes) -> np.ndarray:
-    """(256, 3) uint8 RGB colours of the train ids; what is no class is black."""
-    palette = np.zeros((256, 3), np.uint8)
-    palette[: len(classes.colours)] = classes.colours
-    return palette
-
-
 def colour_map(label: np.ndarray, classes: Classes) -> Image.Image:
     """(H, W) uint8 train ids -> RGB picture in the classes' colours; what is ignored is black."""
     indices = Image.frombuffer("P", label.shape[::-1], np.ascontiguousarray(label), "raw", "P", 0, 1)
-    indices.putpalette(palette_of(classes).tobytes())
+    indices.putpalette(classes.palette().tobytes())
     return indices.convert("RGB")  # 17 times as fast as indexing in NumPy
 
 
@@ -1390,22 +1385,23 @@ class Painter:
 def legend(classes: Classes, width: int, which: Sequence[int]) -> Image.Image:
     """A strip `width` wide that names the colours of the classes `which`; its height is even, as video wants it."""
     size = min(max(12, width // 80), 40)  # of the letters, in pixels
-    font, line = ImageFont.load_default(size), 2 * size
-    places, x, row = [], 0, 0
+    line, places, x, row = 2 * size, [], 0, 0
     for index in which:
         if index < len(classes.names):
-            length = line + math.ceil(font.getlength(classes.names[index])) + size
+            font, name = _font_for(classes.names[index], size), classes.names[index]
+            font, name = (font, name) if font else (_fonts(size)[0], f"class {index}")  # no font has its letters
+            length = line + math.ceil(font.getbbox(name)[2]) + size
             if x and x + length > width:
                 x, row = 0, row + 1
-            places.append((x, row * line, index))
+            places.append((x, row * line, index, font, name))
             x += length
     strip = Image.new("RGB", (width, (row + 1) * line), "white")
     draw = ImageDraw.Draw(strip)
-    for x, y, index in places:
+    for x, y, index, font, name in places:
         draw.rectangle(
             (x + size // 2, y + size // 2, x + 3 * size // 2, y + 3 * size // 2), tuple(classes.colours[index]), "black"
         )
-        draw.text((x + line, y + line // 2), classes.names[index], "black", font, "lm")
+        draw.text((x + line, y + line // 2), name, "black", font, "lm")
     return strip
 
 
@@ -1749,7 +1745,7 @@ class VideoPainter:
         self.space = ("bt709" if source.height >= 720 else "bt601") if space == "unknown" else space
         self.full_range, self.mine = source.full_range, threading.local()
         even = source.height + source.height % 2, source.width + source.width % 2
-        colours = self.to_yuv(palette_of(painter.classes)[None])[0]  # (256, 3)
+        colours = self.to_yuv(painter.classes.palette()[None])[0]  # (256, 3)
         self.keep = round(256 * (1 - painter.strength)) if painter.style == "overlay" else 0
         colours = (colours * (256 - self.keep) >> 8).astype(np.uint8)
         self.tables = torch.from_numpy(colours).t().contiguous()  # (3, 256)

@@ -21,7 +21,7 @@ import eval as evaluation
 import ops_ext
 from conftest import ROOT, last_json, run_script
 from data import CAMVID, Classes
-from eval import Painter, VideoFrames, VideoPainter, exit_status, legend, palette_of
+from eval import Painter, VideoFrames, VideoPainter, exit_status, legend
 from model import load_weights
 
 WEIGHTS = ROOT / "weights/camvid.pth"
@@ -269,7 +269,7 @@ def test_an_overlaid_video_keeps_frames_rate_size_and_sound(tmp_path, capsys, se
     labels = labels_of(segment, planes, 64, 96)
     kinds = [ffmpeg("-i", p, "-pix_fmt", "rgb24", "-f", "rawvideo", "-") for p in (path, tmp_path / "clip_overlay.mp4")]
     before, after = (np.frombuffer(kind, np.uint8).reshape(30, 64, 96, 3).astype(float) for kind in kinds)
-    expected = 0.45 * before + 0.55 * palette_of(CAMVID)[labels]
+    expected = 0.45 * before + 0.55 * CAMVID.palette()[labels]
     errors = np.abs(after - expected).mean((1, 2, 3))
     assert errors.max() < 12 and np.abs(after - before).mean() > 3 * errors.mean()
     assert {p.name for p in tmp_path.iterdir()} == {"clip.mp4", "clip_overlay.mp4"}
@@ -474,20 +474,12 @@ def make_long_video(folder):
     return folder / "long.mkv"
 
 
+def command_of(path, out, *flags) -> list:
+    return [sys.executable, ROOT / "eval.py", "--weights", WEIGHTS, "--device", "cpu", "--predict", path, "--out", out, *flags]
+
+
 def start(path, out, *flags, **kwargs) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        ROOT / "eval.py",
-        "--weights",
-        WEIGHTS,
-        "--device",
-        "cpu",
-        "--predict",
-        path,
-        "--out",
-        out,
-        *flags,
-    ]
+    command = command_of(path, out, *flags)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(list(map(str, command)), env=environment, cwd=ROOT, **{**pipes, **kwargs})
@@ -572,19 +564,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
 
 
 def raw(frames: bytes, *flags) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        ROOT / "eval.py",
-        "--weights",
-        WEIGHTS,
-        "--device",
-        "cpu",
-        "--predict",
-        "-",
-        "--out",
-        "-",
-        *flags,
-    ]
+    command = command_of("-", "-", *flags)
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     return subprocess.run(list(map(str, command)), input=frames, capture_output=True, timeout=120, env=environment, cwd=ROOT)
 
