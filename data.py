@@ -331,8 +331,9 @@ def _pair(
 # ---------------------------------------------------------------------------------------------------------------- reading
 
 
-def quiet_pillow() -> None:
-    """For programs: no warnings of what is no error here, Exif data in disorder and pictures of 90 megapixels. What is one, it raises."""
+@functools.cache
+def _quiet_pillow() -> None:
+    """Once, when the first image is read: no warnings of what is no error here, Exif data in disorder and pictures of 90 megapixels."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -455,6 +456,7 @@ def _opened(path: str | Path, checked: bool = True) -> Iterator[tuple[Image.Imag
 
     What goes wrong with the file within the block becomes a DataError, too.
     """
+    _quiet_pillow()
     try:
         with _open_regular(path) as file:
             bits = _check_png(file) if checked else 8
@@ -1223,7 +1225,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--sheet", metavar="FILE", help="write a picture of some images with their labels, and the colours")
     command.add_argument("--rows", type=int, default=6, metavar="N", help="images of each split on it (default: %(default)s)")
     args = parser.parse_args(argv)
-    quiet_pillow()
     if hasattr(sys.stdout, "reconfigure"):  # file names may be no text in the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -66,7 +66,6 @@ from data import (
     SegmentationDataset,
     normalise,
     open_dataset,
-    quiet_pillow,
     read_image,
 )
 from model import MIN_SIZE, VARIANTS, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint, save_for_peer
@@ -105,7 +104,6 @@ def exit_status(program: str, main: Callable[[], int | None]) -> int:
     What the user can mend becomes one line on stderr and status 2; faults keep their traceback.
     """
     rank = os.environ.get("RANK", "0")
-    quiet_pillow()
     for stream in (sys.stdout, sys.stderr):  # file names may be no text in the terminal's encoding
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -833,3 +833,11 @@ def test_sharded_batches_come_from_a_process_own_part(samples, world_size):
         seen += [index for *_, index in keys]
     if samples > 8:  # each at most once
         assert len(set(seen)) == len(seen) == len(whole) * 8
+
+
+def test_importing_changes_nothing_outside(tmp_path):
+    code = "import warnings, torch, PIL.Image; before = list(warnings.filters); import data; assert warnings.filters == before"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=data.__file__.rpartition("/")[0]
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
