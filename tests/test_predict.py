@@ -482,6 +482,8 @@ def start(path, out, *flags, **kwargs) -> subprocess.Popen:
     command = command_of(path, out, *flags)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # As from a terminal: what a shell starts in the background ignores Ctrl-C, and so would what it starts in turn.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(list(map(str, command)), env=environment, cwd=ROOT, **{**pipes, **kwargs})
 
 
