@@ -28,8 +28,8 @@ PROGRAMS = {"train.py": train.main, "eval.py": evaluation.main, "data.py": data.
 ELSEWHERE = {
     "bash run.sh": "CI's own job; minutes",
     "bash run.sh test": "this suite",
-    "python tests/kills.py --kills 50": "tests/test_reliability.py runs what it runs",
-    "python tests/kills.py --kills 20 --processes 2": "the same",
+    "python tests/kills.py --kills 50 --seed 1": "tests/test_reliability.py runs what it runs",
+    "python tests/kills.py --kills 20 --processes 2 --seed 2": "the same",
     "python tests/fuzz.py --count 20000 --only images labels classes": "tests/test_fuzz.py runs less of it",
     "python tests/fuzz.py --count 3000 --only checkpoints commands kernels": "the same",
 }
