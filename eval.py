@@ -125,17 +125,26 @@ def exit_status(program: str, main: Callable[[], int | None]) -> int:
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             line = f"out of memory ({text.splitlines()[0][:120]}); take smaller batches, crops or images"
         print(f"{program}{'' if rank == '0' else f' [process {rank}]'}: {line}", file=sys.stderr, flush=True)
+        if dist.is_initialized():  # Gloo's threads, with a collective under way, abort an interpreter that ends around them
+            end_workers()
+            sys.stdout.flush()
+            os._exit(2)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
     finally:
-        if workers := multiprocessing.active_children():  # of a loader that an error left behind
-            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's takes their end for a fault
-            for worker in workers:
-                worker.kill()
-                worker.join()
-            signal.signal(signal.SIGCHLD, handler)
+        end_workers()
+
+
+def end_workers() -> None:
+    """Ends the workers of a loader that an error left behind."""
+    if workers := multiprocessing.active_children():
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's takes their end for a fault
+        for worker in workers:
+            worker.kill()
+            worker.join()
+        signal.signal(signal.SIGCHLD, handler)
 
 
 # --------------------------------------------------------------------------------------------------- devices and processes

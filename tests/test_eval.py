@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 
 import numpy as np
@@ -216,6 +217,22 @@ def test_faults_keep_their_traceback():
 
     with pytest.raises(RuntimeError):
         exit_status("eval.py", broken)
+
+
+def test_an_error_among_processes_ends_with_status_2_and_without_an_abort():
+    # Leaving the interpreter around a collective under way aborted about one process in thirty.
+    script = (
+        "import atexit, sys, torch, torch.distributed as dist; from eval import UsageError, exit_status\n"
+        "def main():\n"
+        "    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "    atexit.register(print, 'through the interpreter')\n"
+        "    dist.all_reduce(torch.ones(1), async_op=True)\n"
+        "    print('said')\n"
+        "    raise UsageError('mend this')\n"
+        "sys.exit(exit_status('eval.py', main))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "said\n", "eval.py: mend this\n")
 
 
 def test_benchmark_without_a_size_takes_the_papers_three_and_times_stages_and_others(capsys, monkeypatch):

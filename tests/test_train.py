@@ -468,8 +468,11 @@ def test_two_processes_out_of_a_cache_take_the_steps_of_one(drawn, tmp_path, cac
 
 def test_cache_that_fits_no_device_is_shared_out(drawn, tmp_path):
     script = tmp_path / "small.py"  # devices with room for 8 of the 12 images
-    body = "import sys; sys.path[:0] = [{!r}]; import train; train.device_room = lambda device: 8 * 4 * 96 * 192; train.main()"
-    script.write_text(body.format(str(Path(train.__file__).parent)))
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(Path(train.__file__).parent)!r}]; import train\n"
+        "train.device_room = lambda device: 8 * 4 * 96 * 192\n"
+        "sys.exit(train.exit_status('train.py', train.main))\n"
+    )
     done = run_script(script, *flags(drawn, tmp_path / "r", epochs=1, cache="device"), processes=2)
     assert done.returncode == 0, done.stderr
     assert "12 images, 864.0 KiB, shared out to 2 processes, each with batches of its own part" in done.stdout
