@@ -1959,6 +1959,7 @@ def run_prediction(args: argparse.Namespace) -> dict:
     if device.type != "cpu":
         segment = _one_at_a_time(segment)
     torch.set_num_threads(max(1, before // threads))
+    earlier = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # taking away what is half done
     try:
         if raw:
             if world_size > 1:
@@ -1997,6 +1998,7 @@ def run_prediction(args: argparse.Namespace) -> dict:
             except DataError as error:
                 fail(error)
     finally:
+        signal.signal(signal.SIGTERM, earlier)
         torch.set_num_threads(before)
     failures = len(failed)
     if world_size > 1:

@@ -508,7 +508,7 @@ def wait_for_child(process: subprocess.Popen, which: str, out) -> int:
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_killed_in_the_middle_it_leaves_nothing_that_looks_whole(tmp_path, how):
     path = make_long_video(tmp_path)
     process = start(path, tmp_path / "out")
@@ -522,6 +522,8 @@ def test_killed_in_the_middle_it_leaves_nothing_that_looks_whole(tmp_path, how):
     left = [p.name for p in (tmp_path / "out").iterdir()]
     if how == signal.SIGINT:
         assert process.returncode == 130 and error == "eval.py: interrupted\n" and left == []
+    elif how == signal.SIGTERM:
+        assert process.returncode == 143 and error == "" and left == []
     else:
         assert left in ([], ["long_overlay.mp4.partial"])
     for _ in range(100):  # the children of a process that was killed end by themselves, for want of a pipe
