@@ -234,6 +234,20 @@ def outlive_signals(_: int) -> None:
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
 
 
+def name_of(device: torch.device) -> str:
+    """The device as its maker calls it, or "cpu"."""
+    return "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+
+
+def gathered(share: list, world_size: int) -> list:
+    """The lists of all processes in one, in every process."""
+    shares = [share]
+    if world_size > 1:
+        shares = [None] * world_size
+        dist.all_gather_object(shares, share)
+    return [each for share in shares for each in share]
+
+
 # ---------------------------------------------------------------------------------------------------------------- metrics
 
 
@@ -946,10 +960,7 @@ class WorstImages:
             path = self.dataset.samples[index].image
             pictures = error_pictures(*maps, self.dataset.classes)
             rows.append({"pixel_accuracy": accuracy, "index": index, "miou": miou, "name": str(path), "pictures": pictures})
-        if world_size > 1:
-            shares = [None] * world_size
-            dist.all_gather_object(shares, rows)
-            rows = [row for share in shares for row in share]
+        rows = gathered(rows, world_size)
         return sorted(rows, key=lambda row: (row["pixel_accuracy"], row["index"]))[: self.count]
 
 
@@ -1187,47 +1198,37 @@ def write_report(
 
 def run_evaluation(args: argparse.Namespace) -> dict:
     """Evaluates --weights on a labelled split."""
+    averaged = args.scales != [1.0] or args.flip or args.window
+    if args.compare and averaged:
+        raise UsageError("--compare is of one scale; leave out --scales, --flip and --window")
+    if args.submit and args.dataset != "cityscapes":
+        raise UsageError(f"--submit writes Cityscapes' label ids, which {args.dataset} does not have")
+    if args.report and Path(args.report).suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--report {args.report} has the suffix {Path(args.report).suffix!r}, expected .html")
     checkpoint = read_checkpoint(args.weights)
     dataset = open_dataset(args.dataset, args.data, args.split)
-    model = build_from_checkpoint(checkpoint, args.weights, num_classes=len(dataset.classes.names))
-    names = checkpoint.get("classes", {}).get("names", list(dataset.classes.names))
-    differing = [f"{was} (here {now})" for was, now in zip(names, dataset.classes.names) if was != now]
+    classes = dataset.classes
+    model = build_from_checkpoint(checkpoint, args.weights, num_classes=len(classes.names))
+    names = checkpoint.get("classes", {}).get("names", list(classes.names))
+    differing = [f"{was} (here {now})" for was, now in zip(names, classes.names) if was != now]
     if differing:
         raise CheckpointError(
             f"{args.weights}: has other classes, such as {differing[0]}; choose the dataset it was trained on"
         )
-    if args.compare and (args.scales != [1.0] or args.flip or args.window):
-        raise UsageError("--compare is of one scale; leave out --scales, --flip and --window")
-    if args.submit and args.dataset != "cityscapes":
-        raise UsageError(f"--submit writes Cityscapes' label ids, which {args.dataset} does not have")
-    if args.report:
-        if Path(args.report).suffix.lower() not in (".html", ".htm"):
-            raise UsageError(f"--report {args.report} has the suffix {Path(args.report).suffix!r}, expected .html")
     device, rank, world_size = start_processes(args.device)
-    if args.scales != [1.0] or args.flip or args.window:
+    if averaged:
         segment = averaging(model, device, args.scales, args.flip, AMP_DTYPES.get(args.amp or "off"), args.window)
     else:
         segment = accelerate(model, device=device, precision=PRECISIONS[args.amp or "off"], mean=MEAN, std=STD)
-    sheet = ContactSheet(dataset.classes, args.sheet_rows) if args.sheet and rank == 0 else None
+    over = functools.partial(evaluate, dataset=dataset, device=device, workers=args.workers, rank=rank, world_size=world_size)
+    sheet = ContactSheet(classes, args.sheet_rows) if args.sheet and rank == 0 else None
     instances = InstanceScores() if all(sample.instances for sample in dataset.samples) else None
     submit = functools.partial(write_submission, dataset, Path(args.submit)) if args.submit else None
     worst = WorstImages(dataset, args.report_images) if args.report else None
     if args.report and rank == 0:
         Path(args.report).parent.mkdir(parents=True, exist_ok=True)  # rather now than after the evaluation
-    confusion = evaluate(
-        segment,
-        dataset,
-        device=device,
-        workers=args.workers,
-        rank=rank,
-        world_size=world_size,
-        sheet=sheet,
-        instances=instances,
-        each=submit,
-        worst=worst,
-    )
-    counted = confusion  # by the precision that was asked for, not that of --compare
-    result = metrics(confusion, dataset.classes)
+    confusion = over(segment, sheet=sheet, instances=instances, each=submit, worst=worst)
+    result = metrics(confusion, classes)
     if instances is not None:
         result |= instances.metrics(confusion)
     if args.compare:
@@ -1239,13 +1240,8 @@ def run_evaluation(args: argparse.Namespace) -> dict:
             agreement.append((labels == segment(images)).float().mean().item())
             return labels
 
-        confusion = evaluate(compared, dataset, device=device, workers=args.workers, rank=rank, world_size=world_size)
-        shares = [agreement]
-        if world_size > 1:
-            shares = [None] * world_size
-            dist.all_gather_object(shares, agreement)
-        agreement = [each for share in shares for each in share]
-        result["miou_fp32"] = metrics(confusion, dataset.classes)["miou"]
+        result["miou_fp32"] = metrics(over(compared), classes)["miou"]
+        agreement = gathered(agreement, world_size)
         result["agreement"] = {"mean": statistics.mean(agreement), "min": min(agreement)}
     if rank == 0:
         print(format_table(result))
@@ -1256,38 +1252,42 @@ def run_evaluation(args: argparse.Namespace) -> dict:
         if sheet is not None:
             sheet.save(args.sheet)
             print(f"wrote {args.sheet}")
-    protocol = {"scales": args.scales, "flip": args.flip, "window": args.window}
     if worst is not None:
         rows = worst.rows(world_size)
         if rank == 0:
-            folder = Path(args.weights).resolve().parent
-            log = folder.parent / "logs" / "metrics.jsonl" if folder.name == "checkpoints" else None
-            how = [f"scale {scale:g}" for scale in args.scales] + ["mirrored too"] * args.flip
-            how += [f"windows of {args.window[0]}x{args.window[1]}"] if args.window else []
-            name = "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
-            facts = {
-                "weights": args.weights + (f", epoch {checkpoint['epoch']}" if "epoch" in checkpoint else ""),
-                "data": f"{args.data}, {args.dataset} {args.split}, {len(dataset)} images",
-                "protocol": ", ".join(how),
-                "device": f"{name}, precision {args.amp or 'float32'}, {world_size} {'process' if world_size == 1 else 'processes'}",
-            }
-            arguments = {"Arguments of eval.py": vars(args)}
-            if isinstance(checkpoint.get("args"), dict):
-                arguments["Arguments of train.py"] = checkpoint["args"]
-            title = f"Fast-SCNN on {args.dataset} {args.split}"
-            write_report(
-                args.report,
-                title,
-                dataset.classes,
-                result,
-                confusion=counted,
-                log=log,
-                worst=rows,
-                facts=facts,
-                arguments=arguments,
-            )
+            report_evaluation(args, checkpoint, dataset, result, confusion, rows, device, world_size)
             print(f"wrote {args.report}")
+    protocol = {"scales": args.scales, "flip": args.flip, "window": args.window}
     return {"dataset": args.dataset, "split": args.split, "images": len(dataset), **protocol, **result}
+
+
+def report_evaluation(
+    args: argparse.Namespace, checkpoint: dict, dataset: SegmentationDataset, result: dict, confusion: Tensor,
+    worst: Sequence[dict], device: torch.device, world_size: int,
+) -> None:  # fmt: skip
+    """Writes --report, with the curves of the run whose folder the weights lie in."""
+    folder = Path(args.weights).resolve().parent
+    how = [f"scale {scale:g}" for scale in args.scales] + ["mirrored too"] * args.flip
+    how += [f"windows of {args.window[0]}x{args.window[1]}"] if args.window else []
+    arguments = {"Arguments of eval.py": vars(args)}
+    if isinstance(checkpoint.get("args"), dict):
+        arguments["Arguments of train.py"] = checkpoint["args"]
+    write_report(
+        args.report,
+        f"Fast-SCNN on {args.dataset} {args.split}",
+        dataset.classes,
+        result,
+        confusion=confusion,
+        log=folder.parent / "logs" / "metrics.jsonl" if folder.name == "checkpoints" else None,
+        worst=worst,
+        facts={
+            "weights": args.weights + (f", epoch {checkpoint['epoch']}" if "epoch" in checkpoint else ""),
+            "data": f"{args.data}, {args.dataset} {args.split}, {len(dataset)} images",
+            "protocol": ", ".join(how),
+            "device": f"{name_of(device)}, precision {args.amp or 'float32'}, {world_size} {'process' if world_size == 1 else 'processes'}",
+        },
+        arguments=arguments,
+    )
 
 
 def latency_ms(segment: Callable[[Tensor], Tensor], images: Tensor, warmup: int, repeats: int) -> dict[str, float]:
@@ -1314,7 +1314,7 @@ def run_benchmark(args: argparse.Namespace) -> dict:
     results = []
     for height, width in sizes:
         result = {
-            "device": device.type if device.type == "cpu" else torch.get_device_module(device).get_device_name(device),
+            "device": name_of(device),
             "precision": segment.precision,
             "size": [height, width],
             "batch_size": args.batch_size,
@@ -2000,11 +2000,7 @@ def run_prediction(args: argparse.Namespace) -> dict:
     finally:
         signal.signal(signal.SIGTERM, earlier)
         torch.set_num_threads(before)
-    failures = len(failed)
-    if world_size > 1:
-        shares = [None] * world_size
-        dist.all_gather_object(shares, (failures, frames))
-        failures, frames = map(sum, zip(*shares))
+    failures, frames = map(sum, zip(*gathered([(len(failed), frames)], world_size)))
     if failures and rank == 0:
         total = len(pictures) + len(videos)
         raise (
