@@ -707,8 +707,8 @@ class Signals:
         return self.SAVE if due else self.GO_ON
 
 
-class Stopped(Exception):
-    """A signal ended the training, after all was saved."""
+class Stopped(BaseException):
+    """A signal ended the training, after all was saved. As KeyboardInterrupt it is no Exception: it may come while an image is decoded."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)

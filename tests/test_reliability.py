@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import kills
 import train
 from conftest import ROOT, run_script
@@ -144,6 +145,24 @@ def wait_for(process, text):
         if text in line:
             return line
     raise AssertionError(f"it ended with status {process.wait()} before {text!r}")
+
+
+def test_signal_while_an_image_is_decoded_is_no_fault_of_the_image(drawn, tmp_path, monkeypatch, capsys):
+    turn, signals = data._turn, []
+    enter = train.Signals.__enter__
+    monkeypatch.setattr(train.Signals, "__enter__", lambda self: signals.append(self) or enter(self))
+
+    def signalled(image):
+        if signals and signals[0].raises:  # within a validation
+            os.kill(os.getpid(), signal.SIGTERM)
+        return turn(image)
+
+    monkeypatch.setattr(data, "_turn", signalled)
+    assert run(drawn, tmp_path / "r", epochs=1) == train.STOPPED
+    assert "stopped by SIGTERM, all is saved" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert run(drawn, tmp_path / "r", epochs=1, resume="auto") == 0
+    assert len(records(tmp_path / "r", "val")) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
