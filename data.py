@@ -512,11 +512,12 @@ def _check_length(file: BinaryIO, image: Image.Image) -> None:
     if not image.info.get("interlace") and np.asarray(image.crop((0, height - 1, width, height))).any():
         return
     file.seek(0)
-    content, at, compressed = file.read(), 8, b""
+    content, at, chunks = file.read(), 8, []  # joined once: appending to bytes copies all that came before
     bits, kind, interlaced = content[24], content[25], content[28]
     while at < len(content):
         size = int.from_bytes(content[at : at + 4], "big")
-        compressed += content[at + 8 : at + 8 + size] if content[at + 4 : at + 8] == b"IDAT" else b""
+        if content[at + 4 : at + 8] == b"IDAT":
+            chunks.append(content[at + 8 : at + 8 + size])
         at += 12 + size
     bits *= {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]  # of a pixel
     seven = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -524,7 +525,7 @@ def _check_length(file: BinaryIO, image: Image.Image) -> None:
     for left, top, step_x, step_y in seven if interlaced else ((0, 0, 1, 1),):
         columns, rows = -(-(width - left) // step_x), -(-(height - top) // step_y)
         needed += rows * (1 + -(-columns * bits // 8)) if columns > 0 and rows > 0 else 0
-    if len(zlib.decompressobj().decompress(compressed, needed)) < needed:
+    if len(zlib.decompressobj().decompress(b"".join(chunks), needed)) < needed:
         raise OSError("its pixels end early")
 
 

@@ -7,6 +7,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -279,6 +280,24 @@ def test_a_png_of_too_few_pixels_is_refused_rather_than_filled_with_class_0(tmp_
                     read(tmp_path / "x.png")
 
 
+def test_the_time_to_read_a_png_grows_with_its_size_not_with_its_square(tmp_path):
+    # 16 MB in 32,000 chunks, the last row black; appending each to bytes took 8 s.
+    noise = np.random.default_rng(0).integers(0, 256, (2000, 8000), np.uint8)
+    noise[-1] = 0
+    head = b"IHDR" + (8000).to_bytes(4, "big") + (2000).to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    lines = zlib.compress(b"".join(b"\0" + row.tobytes() for row in noise), 0)
+    chunks = (head, *(b"IDAT" + lines[i : i + 500] for i in range(0, len(lines), 500)), b"IEND")
+    content = [(len(c) - 4).to_bytes(4, "big") + c + zlib.crc32(c).to_bytes(4, "big") for c in chunks]
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(content))
+    start = time.process_time()
+    with Image.open(tmp_path / "x.png") as image, open(tmp_path / "x.png", "rb") as file:
+        image.load()
+        loaded = time.process_time()
+        data._check_length(file, image)
+    checked = time.process_time()
+    assert checked - loaded < 10 * (loaded - start), (loaded - start, checked - loaded)
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_a_grey_label_map_of_few_bits_is_refused_rather_than_scaled(tmp_path, bits):
     # Pillow reads them as shades of grey: class 1 of 4 bits would be 17, another class.
@@ -440,6 +459,16 @@ def test_names_of_all_kinds_are_read_and_named(folder_dataset, name):
     with pytest.raises(DataError) as caught:
         dataset[index]
     assert str(folder_dataset / "labels/train" / name) in str(caught.value)
+
+
+def test_too_little_memory_is_not_taken_for_a_damaged_file(folder_dataset, monkeypatch):
+    def load(image):
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    for read in (read_image, lambda path: read_label(path, bytes(256))):
+        with pytest.raises(MemoryError):
+            read(folder_dataset / "labels/train/0.png")
 
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path):
