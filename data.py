@@ -465,7 +465,7 @@ def _opened(path: str | Path, checked: bool = True) -> Iterator[tuple[Image.Imag
             yield image, bits
             if checked and image.format == "PNG":
                 _check_length(file, image)
-    except DataError:
+    except (DataError, MemoryError):  # too little memory is no fault of the file
         raise
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
