@@ -303,9 +303,9 @@ def _pair(
     """
 
     def listing(folder: Path, glob: str, end: str) -> dict[str, Path]:
-        paths = sorted(p for p in folder.glob(glob) if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
+        depth = math.inf if "**" in glob else glob.count("/")
         names: dict[str, Path] = {}
-        for path in paths:
+        for path in sorted(p for p in _files(folder, depth) if p.suffix.lower() in IMAGE_SUFFIXES and p.name.endswith(end)):
             relative = path.relative_to(folder)
             name = relative.as_posix().removesuffix(end) if end else relative.with_suffix("").as_posix()
             if name in names:
@@ -326,6 +326,33 @@ def _pair(
             more = f" (and {len(told) - 1} more like it)" if len(told) > 1 else ""
             raise DataError(f"{told[0]}{more}; add the {missing} or remove it")
     return [Sample(images[name], labels[name]) for name in images if name in labels]
+
+
+def _files(folder: Path, depth: float, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Files `depth` folders below this one, or at any depth where that is infinite; links to folders are followed.
+
+    Left out are a link to a folder around it, which would lead round for ever, and hidden files and folders, such as ._NAME.jpg
+    and .ipynb_checkpoints, which desktops and notebooks leave behind.
+
+    Raises:
+        DataError: a folder that may not be read.
+    """
+    real = os.path.realpath(folder)
+    if any(inner == real or inner.startswith(os.path.join(real, "")) for inner in above):
+        return
+    try:
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({_reason(error)}); make it readable, or remove it") from error
+    for entry in entries:
+        path = folder / entry.name
+        if os.path.isdir(path) if entry.is_symlink() else entry.is_dir():
+            if depth > 0:
+                yield from _files(path, depth - 1, (*above, real))
+        elif depth in (0, math.inf):
+            yield path
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading

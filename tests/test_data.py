@@ -61,7 +61,6 @@ def test_camvid_layout_and_unlabelled(tmp_path):
         Image.new("L", (40, 30), value).save(tmp_path / "trainannot" / f"{name[0]}.png")
     dataset = open_dataset("camvid", tmp_path, "train")
     assert [dataset[i][1].unique().tolist() for i in range(2)] == [[3], [IGNORE]]
-    assert len(open_dataset("camvid", tmp_path, "train+train")) == 4
     assert dataset.classes == CAMVID and len(CAMVID.names) == 11
 
 
@@ -446,6 +445,40 @@ def test_listings_pass_over_folders_and_name_links_that_lead_nowhere(folder_data
     assert len(dataset) == 3
     with pytest.raises(DataError, match=r"images/train/2.png: no such file"):
         dataset[2]
+
+
+def test_linked_folders_are_read_and_hidden_files_are_not(folder_dataset, tmp_path):
+    for kind in ("images", "labels"):
+        (tmp_path / "site" / kind).mkdir(parents=True)
+        train = folder_dataset / kind / "train"
+        (tmp_path / "site" / kind / "far.png").write_bytes((train / "0.png").read_bytes())
+        (train / "site").symlink_to(tmp_path / "site" / kind)  # as photos of a camera on another disk would be
+        (tmp_path / "site" / kind / "round").symlink_to(train)
+        (train / ".ipynb_checkpoints").mkdir()
+        (train / ".ipynb_checkpoints/0-checkpoint.png").write_bytes((train / "0.png").read_bytes())
+    (folder_dataset / "images/train/._0.png").write_bytes(b"of a Mac")
+    samples = open_dataset("folder", folder_dataset, "train").samples
+    assert [s.image.relative_to(folder_dataset).as_posix() for s in samples] == [
+        f"images/train/{name}.png" for name in ("0", "1", "site/far")
+    ]
+
+
+def test_each_layout_looks_as_deep_as_it_is(tmp_path, folder_dataset):
+    def place(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (40, 40)).save(path)
+
+    for city in ("a", "a/b", "."):
+        for folder, end in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
+            place(tmp_path / folder / "val" / city / f"x_{end}.png")
+    place(tmp_path / "leftImg8bit/val/a/other.png")
+    assert [s.image.parent.name for s in open_dataset("cityscapes", tmp_path, "val").samples] == ["a"]
+    for folder in ("val", "valannot"):
+        place(tmp_path / folder / "x.png"), place(tmp_path / folder / "a/y.png")
+    assert [s.image.name for s in open_dataset("camvid", tmp_path, "val").samples] == ["x.png"]
+    for kind in ("images", "labels"):
+        place(folder_dataset / kind / "val/a/b/c/x.png")
+    assert len(open_dataset("folder", folder_dataset, "val")) == 3
 
 
 @pytest.mark.parametrize("name", ["a b.png", "ä 道.png", os.fsdecode(b"raw \xff.png"), "%s{}.png", "-x.png"])
