@@ -169,11 +169,19 @@ def open_dataset(name: str, root: str | Path, split: str, augmentation: Augmenta
         augmentation: how (epoch, position, index) keys are read; needed for training alone.
 
     Raises:
-        DataError: no data there, an image without its label or the other way round, a bad classes.json.
+        DataError: no data there, an image without its label or the other way round, a bad classes.json, a split twice.
     """
     classes, table, find = _open_layout(name, Path(root))
-    samples = [sample for part in split.split("+") for sample in find(part)]
+    samples = [sample for part in _parts(split) for sample in find(part)]
     return SegmentationDataset(samples, classes, table, augmentation)
+
+
+def _parts(split: str) -> list[str]:
+    """Names of splits joined by "+". An empty one would be all splits at once, and one that comes twice count double."""
+    parts = split.split("+")
+    if "" in parts or len(set(parts)) < len(parts):
+        raise DataError(f'split {split!r} has a part that is empty or there twice; give e.g. train, or "train+val" for both')
+    return parts
 
 
 def _open_layout(name: str, root: Path):

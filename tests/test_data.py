@@ -481,6 +481,13 @@ def test_each_layout_looks_as_deep_as_it_is(tmp_path, folder_dataset):
     assert len(open_dataset("folder", folder_dataset, "val")) == 3
 
 
+@pytest.mark.parametrize("split", ["", "train+", "+train", "train+train", "train+val+train"])
+def test_a_split_that_is_empty_or_there_twice_is_refused(folder_dataset, split):
+    with pytest.raises(DataError, match="empty or there twice"):  # "" gave all splits, a second part each image twice
+        open_dataset("folder", folder_dataset, split)
+    assert len(open_dataset("folder", folder_dataset, "train+val")) == 4
+
+
 @pytest.mark.parametrize("name", ["a b.png", "ä 道.png", os.fsdecode(b"raw \xff.png"), "%s{}.png", "-x.png"])
 def test_names_of_all_kinds_are_read_and_named(folder_dataset, name):
     for kind in ("images", "labels"):
