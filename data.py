@@ -190,7 +190,11 @@ def _open_layout(name: str, root: Path):
     if name not in layouts:
         raise DataError(f"dataset {name!r} is unknown, expected one of {', '.join(layouts)}")
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; give the {name} dataset's folder with --data")
+        raise DataError(f"{root}: no such folder, expected that of the {name} dataset; see Data in README.md for its layout")
+    signs = {"cityscapes": root / "leftImg8bit", "camvid": next(root.glob("*annot"), None), "folder": root / "classes.json"}
+    there = [each for each, path in signs.items() if path and path.exists()]
+    if there and name not in there:
+        raise DataError(f"{signs[there[0]]} says that this is dataset {there[0]}, not {name}; give --dataset {there[0]}")
     return layouts[name](root)
 
 
@@ -228,35 +232,38 @@ def _open_folder(root: Path):
     return Classes(tuple(names), tuple(colours)), table, find
 
 
+_CLASSES_FORM = 'write e.g. {"names": ["road", "car"], "ignore": 255}'
+
+
 def _read_classes(path: Path) -> tuple[list[str], list[tuple[int, int, int]], bytes]:
     """Names, colours and `label_table` of a classes.json, see `open_dataset`. Raises DataError for anything else."""
     try:
         with _open_regular(path) as file:
             text = file.read(CLASS_FILE_BYTES + 1)
         if len(text) > CLASS_FILE_BYTES:
-            raise DataError(f"{path}: more than {size_text(CLASS_FILE_BYTES)}, expected a few names; see data.open_dataset")
+            raise DataError(f"{path}: more than {size_text(CLASS_FILE_BYTES)}, expected a few names; {_CLASSES_FORM}")
         content = json.loads(text.decode("utf-8-sig"))
     except FileNotFoundError:
-        raise DataError(f'{path}: no such file; write one such as {{"names": ["road", "car"], "ignore": 255}}') from None
+        raise DataError(f"{path}: no such file; {_CLASSES_FORM}") from None
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path}: not the expected JSON ({_reason(error)}); see data.open_dataset") from error
+        raise DataError(f"{path}: not the expected JSON ({_reason(error)}); {_CLASSES_FORM}") from error
 
     def check(fine: bool, what: str) -> None:
         if not fine:
-            raise DataError(f"{path}: not the expected JSON ({what}); see data.open_dataset")
+            raise DataError(f"{path}: not the expected JSON ({what}); {_CLASSES_FORM}")
 
     def is_byte(value: object) -> bool:
         return type(value) is int and 0 <= value <= 255  # JSON's true and false are no numbers here
 
     check(isinstance(content, dict) and "names" in content, 'expected an object with "names"')
     stray = ", ".join(repr(key)[:40] for key in sorted(content.keys() - {"names", "colours", "ignore", "labels"})[:3])
-    check(not stray, f"unknown are {stray}, expected names, colours, ignore and labels")
-    check(
-        content.get("labels", "ids") in ("ids", "colours"),
-        f'labels is {content.get("labels")!r:.40}, expected "ids" or "colours"',
-    )
+    meant = "; did you mean colours?" if "colors" in content else ""
+    check(not stray, f"unknown are {stray}, expected names, colours, ignore and labels{meant}")
+    labels = content.get("labels", "ids")
+    meant = "; did you mean colours?" if labels == "colors" else ""
+    check(labels in ("ids", "colours"), f'labels is {labels!r:.40}, expected "ids" or "colours"{meant}')
     coded = content.get("labels") == "colours"
     names, colours, ignored = content["names"], content.get("colours"), content.get("ignore", [] if coded else IGNORE)
     check(not coded or colours is not None, '"labels": "colours" needs the colours')
@@ -323,7 +330,7 @@ def _pair(
 
     images, labels = listing(image_dir, image_glob, image_end), listing(label_dir, label_glob, label_end)
     if not images:
-        raise DataError(f"{image_dir}: no images ({image_glob}); check --data, --dataset and the split's name")
+        raise DataError(f"{image_dir}: no images ({image_glob}); check the folder, --dataset and the split's name")
     for kind, have, other, folder in (("image", images, labels, label_dir), ("label", labels, images, image_dir)):
         single = sorted(have.keys() - other.keys())
         missing = "label" if kind == "image" else "image"
@@ -395,8 +402,8 @@ def read_size(path: str | Path) -> tuple[int, int]:
         return image.size[::-1] if _turn(image) in _QUARTER_TURNS else image.size
 
 
-def read_label(path: str | Path, table: bytes) -> Image.Image:
-    """A label map of train ids (mode "L"), turned like an image.
+def read_label(path: str | Path, table: bytes, classes: Classes | None = None) -> Image.Image:
+    """A label map of train ids (mode "L"), turned like an image. The classes are there for the message about a stray value.
 
     Raises:
         DataError: what `read_image` raises; a format, mode or depth in which values are not class ids; a value outside the table.
@@ -424,9 +431,14 @@ def read_label(path: str | Path, table: bytes) -> Image.Image:
     if (np.asarray(train_ids) == UNKNOWN).any():
         stray = [value for value, count in enumerate(label.histogram()) if count and table[value] == UNKNOWN]
         values = ", ".join(map(str, stray[:5])) + (", ..." if len(stray) > 5 else "")
-        raise DataError(
-            f"{path}: label value {values} is outside the dataset's table; correct the file, or choose its --dataset"
-        )
+        if classes in (None, CITYSCAPES, CAMVID):
+            what = "is outside the dataset's table; correct the file, or choose its --dataset"
+        else:
+            ignored = [value for value in range(256) if table[value] == IGNORE]
+            remedy = f'"ignore": {sorted([*stray, *ignored])}' if len(stray) <= 5 else '"ignore": a list of them'
+            last = len(classes.names) - 1
+            what = f"is outside classes.json (names 0 to {last}); correct the file, add a name, or say {remedy}"
+        raise DataError(f"{path}: label value {values} {what}")
     return train_ids
 
 
@@ -607,7 +619,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         """A whole RGB image and its label map of train ids, from their files."""
         sample = self.samples[index]
-        image, label = read_image(sample.image), read_label(sample.label, self.table)
+        image, label = read_image(sample.image), read_label(sample.label, self.table, self.classes)
         if image.size != label.size:
             sizes = f"{label.width}x{label.height} pixels, its image {sample.image} {image.width}x{image.height}"
             with _opened(sample.image, checked=False) as (raw, _):
@@ -1131,7 +1143,7 @@ def check(name: str, root: str | Path, splits: Sequence[str] = (), sheet: str | 
     classes, table, find = _open_layout(name, root)
     splits = list(splits) or _splits(name, root)
     if not splits:
-        raise DataError(f"{root}: no splits, such as {'images/train' if name == 'folder' else 'train'}; see data.open_dataset")
+        raise DataError(f"{root}: no splits, expected e.g. {_SPLIT_EXAMPLES[name]}; make the folders")
     report: dict = {"dataset": name, "root": str(root), "splits": {}, "problems": [], "notes": []}
     seen: dict[bytes, tuple[str, Path]] = {}  # split and file of the pixels with this digest
     tiles: list[tuple[Image.Image, Image.Image]] = []
@@ -1181,6 +1193,13 @@ def check(name: str, root: str | Path, splits: Sequence[str] = (), sheet: str | 
     if sheet and tiles:
         _save_sheet(tiles, classes, Path(sheet))
     return report
+
+
+_SPLIT_EXAMPLES = {
+    "cityscapes": "leftImg8bit/train",
+    "camvid": "train and trainannot",
+    "folder": "images/train and labels/train",
+}
 
 
 def _splits(name: str, root: Path) -> list[str]:

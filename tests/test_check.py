@@ -69,7 +69,7 @@ def test_colours_without_saying_so_are_refused_with_the_way_out(folder_dataset):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"labels": "colors"}, 'labels is \'colors\', expected "ids" or "colours"'),
+        ({"labels": "colors"}, 'labels is \'colors\', expected "ids" or "colours"; did you mean colours'),
         ({"ignore": 255}, "ignore must be a list of colours"),
         ({"ignore": [[200, 0, 0]]}, r"colour \[200, 0, 0\] is there twice"),
         ({"ignore": [[256, 0, 0]]}, "between 0 and 255"),

@@ -111,7 +111,10 @@ def test_folder_may_choose_what_is_ignored(folder_dataset):
         ('{"names": ["a\\nb"]}', "names must be a list of printable strings"),
         ('{"names": ["\\ud800"]}', "names must be a list of printable strings"),
         ('{"names": ["a", "b", "a"]}', "two classes are called 'a'"),
-        ('{"names": ["a"], "colors": [[1, 2, 3]]}', "unknown are 'colors'"),
+        (
+            '{"names": ["a"], "colors": [[1, 2, 3]]}',
+            "unknown are 'colors', .*; did you mean colours.*write e.g. {.names.: ..road., .car.., .ignore.: 255}",
+        ),
         ('{"names": ["a"]}' + " " * 2**20, "more than 1.0 MiB"),
         (b'{"names": ["\xff"]}', "not the expected JSON .UnicodeDecodeError"),
     ],
@@ -157,6 +160,14 @@ def test_no_data_is_named(tmp_path):
         open_dataset("kitti", tmp_path, "train")
 
 
+def test_the_data_of_another_dataset_are_said_to_be_it(folder_dataset, drawn, tmp_path):
+    (tmp_path / "camvid/trainannot").mkdir(parents=True)
+    for root, own in ((folder_dataset, "folder"), (drawn, "cityscapes"), (tmp_path / "camvid", "camvid")):
+        for name in {"folder", "cityscapes", "camvid"} - {own}:  # cityscapes is the default of train.py, folder of data.py
+            with pytest.raises(DataError, match=f"this is dataset {own}, not {name}; give --dataset {own}"):
+                open_dataset(name, root, "train")
+
+
 def test_image_without_label_and_label_without_image_are_named(folder_dataset):
     (folder_dataset / "labels/train/1.png").rename(folder_dataset / "labels/train/2.png")
     with pytest.raises(DataError, match=r"images/train/1.png: image without its label"):
@@ -177,8 +188,14 @@ def test_stray_label_value_is_named(folder_dataset):
     label = np.array(Image.open(path))
     label[3, 5] = 17
     Image.fromarray(label).save(path)
-    with pytest.raises(DataError, match=r"labels/train/0.png: label value 17 is outside the dataset's table"):
+    remedy = r'is outside classes.json \(names 0 to 2\); correct the file, add a name, or say "ignore": \[17, 255\]'
+    with pytest.raises(DataError, match=f"labels/train/0.png: label value 17 {remedy}"):
         open_dataset("folder", folder_dataset, "train")[0]
+    # As the message says, what was ignored before included.
+    (folder_dataset / "classes.json").write_text('{"names": ["left", "middle", "right"], "ignore": [17, 255]}')
+    assert int(open_dataset("folder", folder_dataset, "train")[0][1][3, 5]) == IGNORE
+    with pytest.raises(DataError, match="label value 17 is outside the dataset's table; .* choose its --dataset"):
+        read_label(path, data.label_table({0: 0, 1: 1, 2: 2}, ()))
 
 
 def test_colour_label_is_refused_and_palette_label_read(folder_dataset):
