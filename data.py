@@ -16,10 +16,12 @@ import colorsys
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import math
 import mmap
 import os
+import re
 import stat
 import struct
 import sys
@@ -314,7 +316,7 @@ def _pair(
 ) -> list[Sample]:
     """Images and labels of the same name, less the given ends or, where those are empty, the suffix.
 
-    What has no partner is an error, or left out and said in `lone`.
+    What has no partner, or the name of another, is an error, or left out and said in `lone`.
     """
 
     def listing(folder: Path, glob: str, end: str) -> dict[str, Path]:
@@ -324,7 +326,11 @@ def _pair(
             relative = path.relative_to(folder)
             name = relative.as_posix().removesuffix(end) if end else relative.with_suffix("").as_posix()
             if name in names:
-                raise DataError(f"{path}: has the same name as {names[name]}; rename or remove one")
+                twice = f"{path}: has the same name as {names[name]}; rename or remove one"
+                if lone is None:
+                    raise DataError(twice)
+                lone.append(twice)
+                continue
             names[name] = path
         return names
 
@@ -1128,43 +1134,58 @@ def check(name: str, root: str | Path, splits: Sequence[str] = (), sheet: str | 
 
     Args:
         name, root: as in `open_dataset`.
-        splits: which; none for all that there are.
+        splits: which, also joined by "+"; none for all that there are.
         sheet: file of a picture of some of the images with their labels, and of the classes' colours.
         rows: how many images of each split are on it.
 
     Returns:
         {"splits": {split: {"images", "sizes" {"WxH": count}, "unlabelled" share of the pixels, "classes" {name: {"share" of
-        the labelled pixels, "images" with it}}}}, "problems": [...], each naming a file, "notes": [...]}.
+        the labelled pixels, "images" with it}}}}, "problems": [...], each beginning with a file, "notes": [...]}. Where no label map
+        of a split could be read, or none has a label, "classes" is empty; where none could be read, "unlabelled" is None.
 
     Raises:
-        DataError: there is no dataset, or nothing in it.
+        DataError: there is no dataset, nothing in it, or not the splits asked for.
     """
     root = Path(root)
     classes, table, find = _open_layout(name, root)
-    splits = list(splits) or _splits(name, root)
+    asked = _parts("+".join(splits)) if splits else []
+    splits = asked or _splits(name, root)
     if not splits:
         raise DataError(f"{root}: no splits, expected e.g. {_SPLIT_EXAMPLES[name]}; make the folders")
     report: dict = {"dataset": name, "root": str(root), "splits": {}, "problems": [], "notes": []}
     seen: dict[bytes, tuple[str, Path]] = {}  # split and file of the pixels with this digest
     tiles: list[tuple[Image.Image, Image.Image]] = []
     for split in splits:
-        samples = find(split, report["problems"])
+        lone: list[str] = []
+        try:
+            samples = find(split, lone)
+        except DataError as error:
+            if asked:
+                raise
+            report["problems"].append(str(error))
+            continue
+        if not samples and split not in ("train", "val") and all(": image without its label in " in each for each in lone):
+            report["notes"].append(f"{split}: {len(lone)} images without label maps, for eval.py --predict alone")
+            continue
+        report["problems"] += lone
         dataset = SegmentationDataset(samples, classes, table)
         shown = {round((i + 0.5) * len(samples) / rows - 0.5) for i in range(rows)} if sheet else set()
 
-        def read(index: int, dataset: SegmentationDataset = dataset, shown: set[int] = shown):
+        def read(index: int, split: str = split, dataset: SegmentationDataset = dataset, shown: set[int] = shown):
             try:
                 image, label = dataset.read(index)
             except DataError as error:
                 return str(error)
             counts = np.bincount(np.asarray(label).ravel(), minlength=256)
             digest = hashlib.blake2b(b"%d" % image.width + image.tobytes(), digest_size=16).digest()
-            return image.size, counts, digest, _tile(image, label, classes) if index in shown else None
+            tile = _tile(image, label, classes, f"{split}: {dataset.samples[index].image.name}") if index in shown else None
+            return image.size, counts, digest, tile
 
         sizes: dict[str, int] = {}
         pixels, present = np.zeros(256, np.int64), np.zeros(256, np.int64)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for sample, found in zip(samples, pool.map(read, range(len(samples)))):
+        bare: list[str] = []  # label maps without a label
+        with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.closing(pool.map(read, range(len(samples)))) as results:
+            for sample, found in zip(samples, results):  # closing them, as after Ctrl-C, cancels those that have not begun
                 if isinstance(found, str):
                     report["problems"].append(found)
                     continue
@@ -1174,27 +1195,38 @@ def check(name: str, root: str | Path, splits: Sequence[str] = (), sheet: str | 
                 if tile:
                     tiles.append(tile)
                 if not counts[:IGNORE].any():
-                    report["problems"].append(f"{sample.label}: no pixel has a label; label it, or remove it and its image")
+                    bare.append(f"{sample.label}: no pixel has a label; label it, or remove it and its image")
                 if min(width, height) < 32:
                     report["problems"].append(f"{sample.image}: {width}x{height} pixels, the network takes 32x32 and more")
                 other = seen.setdefault(digest, (split, sample.image))
                 if other[1] != sample.image:
                     where = "the same split" if other[0] == split else f"split {other[0]}, so that figures flatter"
                     report["problems"].append(f"{sample.image}: the same image as {other[1]} of {where}; remove one")
-        names, labelled = classes.names, pixels[: len(classes.names)].sum()
+        names, labelled = classes.names, int(pixels[: len(classes.names)].sum())
         shares = pixels[: len(names)] / max(1, labelled)
         report["splits"][split] = {
             "images": len(samples),
             "sizes": dict(sorted(sizes.items(), key=lambda item: -item[1])),
-            "unlabelled": float(pixels[IGNORE] / max(1, pixels.sum())),
-            "classes": {n: {"share": float(shares[i]), "images": int(present[i])} for i, n in enumerate(names)},
+            "unlabelled": float(pixels[IGNORE] / pixels.sum()) if sizes else None,
+            "classes": {n: {"share": float(shares[i]), "images": int(present[i])} for i, n in enumerate(names) if labelled},
         }
-        report["notes"] += [f"{split}: no pixel of class {n}" for i, n in enumerate(names) if not pixels[i]]
+        if labelled:
+            report["notes"] += [f"{split}: no pixel of class {n}" for i, n in enumerate(names) if not pixels[i]]
+        if bare and not labelled and split not in ("train", "val"):  # Cityscapes' test split is so
+            report["notes"].append(
+                f"{split}: no pixel of its {len(bare)} label maps has a label; it can be predicted, not evaluated"
+            )
+        else:
+            report["problems"] += bare
+    for split, use in (("train", "trains on it; make one, or give it another with --split"), ("val", _NO_VAL)):
+        if not asked and split not in splits:
+            report["notes"].append(f"no split {split}: train.py {use}")
     if sheet and tiles:
         _save_sheet(tiles, classes, Path(sheet))
     return report
 
 
+_NO_VAL = "validates on it; set some images and their label maps apart for it, or give it another with --val-split"
 _SPLIT_EXAMPLES = {
     "cityscapes": "leftImg8bit/train",
     "camvid": "train and trainannot",
@@ -1205,7 +1237,7 @@ _SPLIT_EXAMPLES = {
 def _splits(name: str, root: Path) -> list[str]:
     """The splits that a dataset's folder has, train first."""
     parent = {"cityscapes": root / "leftImg8bit", "camvid": root, "folder": root / "images"}[name]
-    found = [path.name for path in sorted(parent.iterdir()) if path.is_dir()] if parent.is_dir() else []
+    found = [path.name for path in sorted(parent.iterdir()) if path.is_dir() and path.name[0] != "."] if parent.is_dir() else []
     if name == "camvid":
         found = [split for split in found if (root / f"{split}annot").is_dir()]
     return sorted(found, key=lambda split: (split != "train", split != "val", split))
@@ -1214,12 +1246,21 @@ def _splits(name: str, root: Path) -> list[str]:
 _TILE_WIDTH = 360  # pixels
 
 
-def _tile(image: Image.Image, label: Image.Image, classes: Classes) -> tuple[Image.Image, Image.Image]:
-    """An image, small, and the same with its labels in colours laid over it; what is ignored stays as it is."""
+def _tile(image: Image.Image, label: Image.Image, classes: Classes, title: str) -> tuple[Image.Image, Image.Image]:
+    """An image, small and with its title, and the same with its labels in colours laid over it; what is ignored stays as it is."""
     size = (_TILE_WIDTH, max(1, round(_TILE_WIDTH * image.height / image.width)))
     image, label = image.resize(size, Image.Resampling.BILINEAR), np.asarray(label.resize(size, Image.Resampling.NEAREST))
     mask = Image.fromarray(np.where(label == IGNORE, 0, 170).astype(np.uint8))
-    return image, Image.composite(Image.fromarray(classes.palette()[label]), image, mask)
+    overlay = Image.composite(Image.fromarray(classes.palette()[label]), image, mask)
+    draw, title = ImageDraw.Draw(image), _latin(title)
+    draw.rectangle(draw.textbbox((3, 2), title), "black")
+    draw.text((3, 2), title, "white")
+    return image, overlay
+
+
+def _latin(text: str) -> str:
+    """What Pillow's own font can write of a name."""
+    return text[:50].encode("latin-1", "replace").decode("latin-1")
 
 
 def _save_sheet(tiles: list[tuple[Image.Image, Image.Image]], classes: Classes, path: Path) -> None:
@@ -1239,33 +1280,51 @@ def _save_sheet(tiles: list[tuple[Image.Image, Image.Image]], classes: Classes, 
     for i, (name, colour) in enumerate(zip(classes.names, classes.colours)):
         x, y = gap + i % columns * (width // columns), top + gap + i // columns * (swatch + gap)
         draw.rectangle((x, y, x + swatch, y + swatch - 1), colour, "black")
-        draw.text((x + swatch + gap, y + 2), name[:50].encode("latin-1", "replace").decode("latin-1"), "black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+        draw.text((x + swatch + gap, y + 2), _latin(name), "black")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+    except (OSError, ValueError) as error:  # ValueError: some formats have a greatest size
+        raise DataError(f"{path}: cannot be written ({_reason(error)}); give --sheet another file") from error
+
+
+def _grouped(problems: list[str]) -> list[str]:
+    """One line for all problems that say the same of different files; names of further files in them may differ."""
+    groups: dict[str, list[str]] = {}
+    for problem in problems:
+        groups.setdefault(re.sub(r"\S*/\S*", "", problem.partition(": ")[2]), []).append(problem)
+    return [group[0] + (f" (and {len(group) - 1} more like it)" if len(group) > 1 else "") for group in groups.values()]
 
 
 def _print_report(report: dict) -> None:
-    splits = report["splits"]
-    for split, content in splits.items():
+    for split, content in report["splits"].items():
         sizes = ", ".join(f"{size} ({count})" for size, count in list(content["sizes"].items())[:5])
         more = f" and {len(content['sizes']) - 5} more sizes" if len(content["sizes"]) > 5 else ""
-        print(f"{split}: {content['images']} images, {sizes}{more}")
+        print(f"{split}: {content['images']} images with label maps, {sizes or 'none of which could be read'}{more}")
+    splits = {split: content for split, content in report["splits"].items() if content["classes"]}
+    if splits:
+        _print_shares(splits)
+    for note in report["notes"]:
+        print(f"note: {note}")
+    lines, count = _grouped(report["problems"]), len(report["problems"])
+    for line in lines[:50]:
+        print(f"problem: {line}")
+    if len(lines) > 50:
+        print(f"and {len(lines) - 50} more kinds of problems")
+    every = "; the next line has each of them" if len(lines) < count or len(lines) > 50 else ""
+    print(f"{count or 'no'} problem{'' if count == 1 else 's'}{every}")
+
+
+def _print_shares(splits: dict[str, dict]) -> None:
     print(f"{'share of the labelled pixels, images':<36}" + "".join(f"{split:>20}" for split in splits))
     for name in next(iter(splits.values()))["classes"]:
         cells = [content["classes"][name] for content in splits.values()]
         print(f"  {name:<34}" + "".join(f"{each['share']:12.3%}{each['images']:8}" for each in cells))
     print(f"{'unlabelled, of all pixels':<36}" + "".join(f"{content['unlabelled']:12.3%}{'':8}" for content in splits.values()))
-    for note in report["notes"]:
-        print(f"note: {note}")
-    for problem in report["problems"][:50]:
-        print(f"problem: {problem}")
-    if len(report["problems"]) > 50:
-        print(f"and {len(report['problems']) - 50} more problems")
-    print(f"{len(report['problems']) or 'no'} problems")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, or 2 where there are problems."""
+    """The command line; returns the exit status: 0, 2 where there are problems, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="data.py", description="Looks at data before a network does.")
     command = parser.add_subparsers(required=True, metavar="check").add_parser(
         "check",
@@ -1274,28 +1333,58 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cannot be read, or are twice there (above all in two splits), values that no class has, maps without a label. The last line is "
         "one JSON object. Exit status 2 where anything is wrong.",
     )
-    command.add_argument("root", metavar="ROOT", help="the dataset's folder")
+    command.add_argument("root", metavar="ROOT", nargs="?", help="the dataset's folder")
+    command.add_argument("--data", metavar="ROOT", help="the same, as train.py and eval.py call it")
     command.add_argument("--dataset", default="folder", help="folder, cityscapes or camvid (default: %(default)s)")
-    command.add_argument("--splits", nargs="+", default=[], metavar="SPLIT", help="default: all that there are")
+    command.add_argument(
+        "--splits", nargs="+", default=[], metavar="SPLIT", help="default: all that there are; train+val is train val"
+    )
     command.add_argument("--sheet", metavar="FILE", help="write a picture of some images with their labels, and the colours")
     command.add_argument("--rows", type=int, default=6, metavar="N", help="images of each split on it (default: %(default)s)")
     args = parser.parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):  # file names may be no text in the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if args.sheet and Path(args.sheet).suffix.lower() not in Image.registered_extensions():
-            raise DataError(f"--sheet {args.sheet} has no suffix of an image format; give e.g. sheet.png")
+        if (args.root is None) == (args.data is None):
+            raise DataError("give the dataset's folder once, as in data.py check ROOT")
+        root = Path(args.root or args.data)
+        if not root.is_dir():
+            raise DataError(f"{root}: no such folder; give the dataset's folder as ROOT")
         if args.rows < 1:
             raise DataError(f"--rows is {args.rows}, expected at least 1")
-        report = check(args.dataset, args.root, args.splits, args.sheet, args.rows)
+        if args.sheet:
+            _check_sheet(Path(args.sheet))
+        report = check(args.dataset, root, args.splits, args.sheet, args.rows)
+        _print_report(report)
+        if args.sheet:
+            print(f"wrote {args.sheet}")
+        print(json.dumps(report), flush=True)
+        return 2 if report["problems"] else 0
+    except BrokenPipeError:  # of | head; the interpreter would flush once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
     except (DataError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
-    _print_report(report)
-    if args.sheet:
-        print(f"wrote {args.sheet}")
-    print(json.dumps(report))
-    return 2 if report["problems"] else 0
+    except MemoryError:
+        print(
+            f"data.py: out of memory; {os.cpu_count()} images are read at once: free some, or make images smaller",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("data.py: interrupted", file=sys.stderr)
+        return 130
+
+
+def _check_sheet(path: Path) -> None:
+    """Raises DataError for a file name whose suffix is of no format that Pillow writes RGB images in."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    try:
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), kind or "")
+    except (KeyError, OSError, ValueError):
+        what = f"the suffix {path.suffix!r}, which no image is written in" if path.suffix else "no suffix of an image format"
+        raise DataError(f"--sheet {path} has {what}; give e.g. sheet.png") from None
 
 
 if __name__ == "__main__":

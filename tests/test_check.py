@@ -1,8 +1,12 @@
 """`data.py check`: what it counts, what it finds wrong, and label maps in colours."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -113,6 +117,126 @@ def test_everything_that_is_wrong_is_found_at_once(folder_dataset):
     )
 
 
+def printed(capsys, *argv):
+    """Exit status, stdout and stderr of the command line."""
+    status = data.main(["check", *map(str, argv)])
+    return status, *capsys.readouterr()
+
+
+def test_a_split_that_train_needs_is_missed(folder_dataset, capsys):
+    shutil.rmtree(folder_dataset / "images/val"), shutil.rmtree(folder_dataset / "labels/val")
+    status, out, _ = printed(capsys, folder_dataset)
+    assert status == 0 and "note: no split val: train.py validates on it" in out and "--val-split" in out
+    assert check("folder", folder_dataset, ["train"])["notes"] == []  # who names the splits knows them
+
+
+def test_one_cause_is_one_line(folder_dataset, capsys):
+    for i in range(2, 12):
+        Image.new("RGB", (64, 48), (i, 0, 0)).save(folder_dataset / f"images/train/{i}.png")
+        Image.new("L", (64, 48), 11).save(folder_dataset / f"labels/train/{i}.png")
+    Image.new("L", (64, 48)).save(folder_dataset / "labels/val/a.png")
+    status, out, _ = printed(capsys, folder_dataset)
+    lines = [line for line in out.splitlines() if line.startswith("problem: ")]
+    assert status == 2 and len(lines) == 2 and len(last_json(out)["problems"]) == 11
+    assert "label value 11 is outside classes.json (names 0 to 2); " in lines[0] and lines[0].endswith(" (and 9 more like it)")
+    assert "11 problems; the next line has each of them" in out
+    for i in range(2, 12):
+        (folder_dataset / f"labels/train/{i}.png").unlink(), (folder_dataset / f"images/train/{i}.png").unlink()
+    assert "\n1 problem\n" in printed(capsys, folder_dataset)[1]
+
+
+def test_a_split_of_which_nothing_could_be_read_has_no_figures(folder_dataset, capsys):
+    for path in folder_dataset.glob("labels/*/*.png"):
+        Image.new("L", (64, 48), 11).save(path)
+    status, out, _ = printed(capsys, folder_dataset)
+    assert status == 2 and "note: " not in out and "share of" not in out and "%" not in out
+    assert "train: 2 images with label maps, none of which could be read\n" in out
+    assert last_json(out)["splits"]["train"] == {"images": 2, "sizes": {}, "unlabelled": None, "classes": {}}
+
+
+def test_what_is_wrong_with_one_split_does_not_hide_the_others(folder_dataset):
+    (folder_dataset / "images/notes").mkdir()
+    (folder_dataset / "images/.ipynb_checkpoints").mkdir()
+    (folder_dataset / "images/train/0.jpg").write_bytes((folder_dataset / "images/train/0.png").read_bytes())
+    report = check("folder", folder_dataset)
+    assert list(report["splits"]) == ["train", "val"] and len(report["problems"]) == 2
+    twice, stray = report["problems"]
+    assert "images/train/0.png: has the same name as" in twice and "images/notes: no images" in stray
+    assert report["splits"]["train"]["images"] == 2
+
+
+def test_a_test_split_without_labels_is_one_note(folder_dataset):
+    shutil.copytree(folder_dataset / "images/train", folder_dataset / "images/test")
+    for path in folder_dataset.glob("images/test/*"):
+        Image.new("RGB", (64, 48), (int(path.stem), 7, 7)).save(path)
+    report = check("folder", folder_dataset)
+    assert report["problems"] == [] and report["notes"] == ["test: 2 images without label maps, for eval.py --predict alone"]
+    (folder_dataset / "labels/test").mkdir()
+    for name in ("0", "1"):  # as Cityscapes' own
+        Image.new("L", (64, 48), 255).save(folder_dataset / f"labels/test/{name}.png")
+    report = check("folder", folder_dataset)
+    assert report["problems"] == [] and len(report["notes"]) == 1 and report["splits"]["test"]["classes"] == {}
+    assert report["notes"][0].startswith("test: no pixel of its 2 label maps has a label")
+    Image.new("L", (64, 48), 255).save(folder_dataset / "labels/train/1.png")
+    assert "labels/train/1.png: no pixel has a label" in check("folder", folder_dataset)["problems"][0]
+
+
+def test_splits_may_be_joined(folder_dataset):
+    assert list(check("folder", folder_dataset, ["train+val"])["splits"]) == ["train", "val"]
+    for splits in (["train", "train"], ["train+"], ["train+val", "val"]):
+        with pytest.raises(DataError, match="empty or there twice"):
+            check("folder", folder_dataset, splits)
+
+
+@pytest.mark.parametrize("name", ["x.psd", "x.cur", "x.xbm", "x.PSD", "x", "x.txt"])
+def test_a_sheet_that_cannot_be_written_is_refused_before_anything_is_read(folder_dataset, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(data, "check", lambda *_: pytest.fail("was read"))
+    status, out, errors = printed(capsys, folder_dataset, "--sheet", tmp_path / name)
+    assert status == 2 and out == "" and f"{name} has " in errors and "give e.g. sheet.png" in errors
+
+
+def test_the_root_is_given_once(folder_dataset, tmp_path, capsys):
+    assert printed(capsys, "--data", folder_dataset)[0] == 0
+    for flags in ((), (folder_dataset, "--data", folder_dataset)):
+        assert "give the dataset's folder once" in printed(capsys, *flags)[2]
+    _, _, errors = printed(capsys, tmp_path / "none")
+    assert "none: no such folder; give the dataset's folder as ROOT" in errors and "--data" not in errors
+
+
+def test_too_little_memory_is_one_line(folder_dataset, capsys, monkeypatch):
+    def read(path):
+        raise MemoryError
+
+    monkeypatch.setattr(data, "read_image", read)
+    status, _, errors = printed(capsys, folder_dataset)
+    assert status == 2 and errors.startswith("data.py: out of memory") and errors.count("\n") == 1
+
+
+def test_a_reader_that_goes_away_and_ctrl_c_leave_no_traceback(folder_dataset):
+    command = [sys.executable, ROOT / "data.py", "check", folder_dataset]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    os.close(writing)
+    assert done.stderr == b"" and done.returncode == 2
+    for i in range(2, 300):  # seconds of work
+        Image.effect_noise((1500, 1000), 90).convert("RGB").save(folder_dataset / f"images/train/{i}.bmp") if i == 2 else None
+        if i > 2:
+            os.link(folder_dataset / "images/train/2.bmp", folder_dataset / f"images/train/{i}.bmp")
+        Image.new("L", (1500, 1000)).save(folder_dataset / f"labels/train/{i}.png")
+    handler = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    code = f"import data, sys; print('begun', flush=True); sys.exit(data.main(['check', {str(folder_dataset)!r}]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **handler
+    )
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "data.py: interrupted\n") and time.monotonic() - sent < 5
+
+
 def test_command_line(folder_dataset, tmp_path):
     def run(*flags):
         return subprocess.run([sys.executable, ROOT / "data.py", "check", *flags], capture_output=True, text=True, timeout=60)
@@ -126,6 +250,8 @@ def test_command_line(folder_dataset, tmp_path):
     for column in (0, 2):
         image, label = (sheet[4:274, 4 + 364 * (column + i) : 364 + 364 * (column + i)].reshape(-1, 3) for i in range(2))
         assert len(np.unique(label[::7], axis=0)) >= 3 and (image != label).any()
+    titles = sheet[4:16, 4:40], sheet[278:290, 4:40]  # white on black: which split a row is of
+    assert all({0, 255} <= set(np.unique(title)) for title in titles) and (titles[0] != titles[1]).any()
     (folder_dataset / "labels/train/1.png").unlink()
     done = run(folder_dataset)
     assert done.returncode == 2 and "problem: " in done.stdout and last_json(done.stdout)["problems"]
