@@ -17,6 +17,7 @@ import argparse
 import base64
 import contextlib
 import copy
+import errno
 import functools
 import hashlib
 import html
@@ -42,6 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -98,6 +100,13 @@ def check_bounds(args: argparse.Namespace, bounds: dict[str, tuple[float, float]
                 raise UsageError(f"--{name.replace('_', '-')} is {value}, expected {bound}")
 
 
+REMEDIES = {
+    errno.EPIPE: "who read what this prints is gone",
+    errno.EMFILE: "raise the limit (ulimit -n), or give fewer --workers",
+    errno.EBADF: "keep stdin and stdout open",
+}
+
+
 def exit_status(program: str, main: Callable[[], int | None]) -> int:
     """Runs `main`, then leaves the process group that it joined, if any; its status is what `main` returned, or else 0.
 
@@ -112,18 +121,23 @@ def exit_status(program: str, main: Callable[[], int | None]) -> int:
         if dist.is_initialized():  # not after an error: other processes may be waiting within a collective, and this one too
             dist.destroy_process_group()
         return status
-    except (UsageError, DataError, CheckpointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (UsageError, DataError, CheckpointError, OSError, MemoryError, RuntimeError) as error:
+        # An error that crossed from a loader's worker carries that process' traceback, its own text in the last line.
+        text = str(error).strip() or repr(error)
+        line = text.splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        if isinstance(error, OSError) and error.strerror:
+            place = f"{error.filename}: " if error.filename else ""
+            line = f"{place}{error.strerror.lower()}; {REMEDIES.get(error.errno, 'give another path, or make room or permission there')}"
+        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:  # the CPU's has no class
+            line = f"out of memory ({text.splitlines()[0][:120]}); take smaller batches, crops or images"
+        elif "DataLoader worker (pid" in text:
+            line = "a decoding process was killed, mostly for lack of memory; give fewer --workers, or a smaller batch"
+        elif isinstance(error, RuntimeError):
+            raise
         if rank != "0" and not dist.is_initialized():
             # What is wrong before the processes meet is wrong for all of them: process 0 says it, and torchrun then ends
             # the others. One that outlives this pause has an error of its own.
             time.sleep(10)
-        # An error that crossed from a loader's worker carries that process' traceback, its own text in the last line.
-        text = str(error).strip() or repr(error)
-        line = text.splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-        if isinstance(error, OSError) and error.strerror and error.filename:
-            line = f"{error.filename}: {error.strerror.lower()}; give another path, or make room or permission there"
-        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            line = f"out of memory ({text.splitlines()[0][:120]}); take smaller batches, crops or images"
         print(f"{program}{'' if rank == '0' else f' [process {rank}]'}: {line}", file=sys.stderr, flush=True)
         if dist.is_initialized():  # Gloo's threads, with a collective under way, abort an interpreter that ends around them
             end_workers()
@@ -180,6 +194,8 @@ def start_processes(device_name: str | None, timeout_minutes: float = 30) -> tup
         torch.accelerator.set_device_index(index)
     if "RANK" not in os.environ:
         return device, 0, 1
+    if missing := {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        raise UsageError(f"RANK is set, but not {', '.join(sorted(missing))}; start the processes with torchrun, or unset RANK")
     timeout = timedelta(minutes=timeout_minutes)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):

@@ -635,6 +635,7 @@ _ENTRIES = {
     "epoch": ("a number of epochs", _is_count),
     "steps": ("a number of steps", _is_count),
     "steps_per_epoch": ("a number of steps", lambda value: _is_count(value) and value > 0),
+    "launches": ("names", lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value)),
     "world_size": ("a number of processes", lambda value: _is_count(value) and value > 0),
     "tally": ("sums of losses and counts of steps", _is_tally),
     "optimizer": ("an optimiser's state", _is_optimizer_state),
@@ -652,6 +653,8 @@ def _check_entries(checkpoint: dict, path: str | os.PathLike) -> None:
             raise CheckpointError(
                 f"{path}: entry {name} of type {type(checkpoint[name]).__name__}, expected {expected}; take another file"
             )
+    if checkpoint.get("steps", 0) and checkpoint["steps"] >= checkpoint.get("steps_per_epoch", 0):
+        raise CheckpointError(f"{path}: has done {checkpoint['steps']} steps of an epoch, more than it has; take another file")
     args, classes = checkpoint["model_args"], checkpoint.get("classes")
     types = {"num_classes": int, "variant": str, "aux": bool, "dropout": float}
     for name, value in args.items():

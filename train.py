@@ -19,6 +19,8 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import errno
+import fcntl
 import functools
 import io
 import itertools
@@ -36,6 +38,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -67,6 +70,7 @@ from eval import (
     check_bounds,
     evaluate,
     exit_status,
+    gathered,
     git_revision,
     import_option,
     metrics,
@@ -496,6 +500,15 @@ def named(path: str | Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+def lock(file: IO, out: Path) -> None:
+    """Holds an open file against other runs, as long as this process lives and the file is open. Raises UsageError where one has it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which loader's workers do not inherit, unlike that of flock
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):  # others say that the file system has no locks
+            raise UsageError(f"{out}: another run is writing there; give another --out, or wait for it") from None
+
+
 class Log:
     """Lines for people on stdout and in train.log, records for programs in metrics.jsonl; rank 0 alone writes."""
 
@@ -511,6 +524,7 @@ class Log:
                 self.board = SummaryWriter(str(folder))
             folder.mkdir(parents=True, exist_ok=True)
             self.text = open(folder / "train.log", "a", encoding="utf-8", errors="backslashreplace")
+            lock(self.text, folder.parent)
             self.records = open(folder / "metrics.jsonl", "a", encoding="utf-8")
 
     def line(self, text: str) -> None:
@@ -708,10 +722,14 @@ class Signals:
 
 
 class Stopped(BaseException):
-    """A signal ended the training, after all was saved. As KeyboardInterrupt it is no Exception: it may come while an image is decoded."""
+    """A signal ended the training, after all was saved. As KeyboardInterrupt it is no Exception: it may come while an image is decoded.
 
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
+    together: all processes stop at this place.
+    """
+
+    def __init__(self, number: int | None, together: bool = False):
+        super().__init__(signal.Signals(number or signal.SIGTERM).name)
+        self.together = together
 
 
 @dataclass
@@ -735,6 +753,7 @@ class Run:
     objective: Objective = field(default_factory=Objective)
     average: MovingAverage | None = None
     teacher: FastSCNN | None = None
+    launches: list[str] = field(default_factory=list)  # `name_of_launch` of all machines
     best_miou: float = -1.0
     validated: tuple[dict, Tensor] | None = None  # figures and confusion matrix of the last validation
 
@@ -814,8 +833,10 @@ def seed_step(args: argparse.Namespace, step: int, rank: int) -> None:
 
 def train_one_epoch(
     run: Run, loader: Iterable[tuple[Tensor, Tensor]], epoch: int, progress: Progress, classes: Classes, done: int = 0
-) -> None:
+) -> int:
     """One pass over the loader, of whose steps `done` have been done; epochs count from 1.
+
+    Returns what `Signals.after_step` says after the last step, which is up to the caller.
 
     Raises:
         UsageError: too many steps in a row had no finite loss and gradient; found at the next log line.
@@ -849,11 +870,12 @@ def train_one_epoch(
             )
             run.log.record(kind="train", epoch=epoch, step=step, loss=mean_loss, lr=lr, images_per_s=rate, skipped=skipped)
         run.writer.check()
-        if step < last_step and (verdict := run.signals.after_step()):
-            within = step - (epoch - 1) * len(loader)
-            save_training(run, classes, epoch - 1, within, len(loader))
+        verdict = run.signals.after_step()
+        if verdict and step < last_step:
+            save_training(run, classes, epoch - 1, step - (epoch - 1) * len(loader), len(loader))
             if verdict == Signals.STOP:
-                raise Stopped(run.signals.received or signal.SIGTERM)
+                raise Stopped(run.signals.received, together=True)
+    return verdict
 
 
 def validate(run: Run, dataset: SegmentationDataset) -> tuple[dict, Tensor]:
@@ -891,20 +913,6 @@ class DeviceLoader:
         return map(self.cache.batch, self.batches)
 
 
-class Loader(torch.utils.data.DataLoader):
-    """PyTorch's, with an error for users where a worker dies."""
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        try:
-            yield from super().__iter__()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UsageError(
-                "a decoding process was killed, mostly for lack of memory; give fewer --workers, or a smaller batch"
-            ) from None
-
-
 def open_loader(
     args: argparse.Namespace,
     train_set: SegmentationDataset,
@@ -912,7 +920,7 @@ def open_loader(
     device: torch.device,
     rank: int,
     world_size: int,
-) -> tuple[Loader | DeviceLoader, TrainBatches, list[str]]:
+) -> tuple[torch.utils.data.DataLoader | DeviceLoader, TrainBatches, list[str]]:
     """The batches of this process, out of the cache that --cache asks for, and what to log of it.
 
     Raises:
@@ -948,7 +956,7 @@ def open_loader(
             kinds = "to train and to validate" if len(sets) == 2 else "to train; too little memory for those to validate"
             notes = [f"{sum(map(len, sets))} images {kinds}, {size_text(total)}, shared by all processes"]
         check_shared_memory(args, args.batch_size // world_size)
-        loader = Loader(
+        loader = torch.utils.data.DataLoader(
             train_set,
             batch_sampler=batches,
             num_workers=args.workers,
@@ -974,10 +982,14 @@ def share_ram_caches(datasets: Sequence[SegmentationDataset], threads: int) -> N
             dataset.cache = RamCache(dataset, threads)
         return
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    machine, _ = dist.new_subgroups(group_size=local_size)
+    first = dist.get_rank() - local_rank
+    firsts = gathered([first], dist.get_world_size())  # of each process' machine, which may have processes in different numbers
+    machine, _ = dist.new_subgroups_by_enumeration(
+        [[r for r, of in enumerate(firsts) if of == each] for each in sorted({*firsts})]
+    )
     for dataset in datasets:
         cache = [RamCache(dataset, threads * local_size) if local_rank == 0 else None]
-        dist.broadcast_object_list(cache, src=dist.get_rank() - local_rank, group=machine)
+        dist.broadcast_object_list(cache, src=first, group=machine)
         dataset.cache = cache[0]
 
 
@@ -1014,7 +1026,7 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + self.last - before
 
 
-def benchmark(run: Run, loader: Loader | DeviceLoader, batches: TrainBatches, steps: int) -> dict:
+def benchmark(run: Run, loader: torch.utils.data.DataLoader | DeviceLoader, batches: TrainBatches, steps: int) -> dict:
     """Images per second of the loader alone, of the training alone and of both, over `steps` steps each; writes nothing."""
     device, total = run.device, run.args.batch_size
 
@@ -1147,6 +1159,15 @@ def remove_old(folder: Path, keep: int) -> None:
             path.unlink()
 
 
+def name_of_launch() -> str | None:
+    """A name that this process has in common with those that the same torchrun started on this machine, before a restart too.
+
+    It is that of the folder, new for each launch, in which torchrun looks for their errors; None without torchrun.
+    """
+    file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "-"))  # FOLDER/attempt_0/0/error.json
+    return file.parents[2].name if len(file.parents) > 2 else None
+
+
 def find_resume(args: argparse.Namespace, notes: list[str]) -> tuple[Path, dict] | None:
     """The checkpoint that --resume asks for and its path; None to begin anew.
 
@@ -1157,18 +1178,17 @@ def find_resume(args: argparse.Namespace, notes: list[str]) -> tuple[Path, dict]
         FileNotFoundError, CheckpointError: a path was given, and it is missing or cannot be resumed from; or of the checkpoints
             that there are none is whole.
     """
-    launch, count = os.environ.get("TORCHELASTIC_RUN_ID", "none"), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    # The count is of this machine's torchrun alone: where another one's process died, it stays 0. Then the launch's name tells.
-    restarted = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and (count > 0 or launch != "none")
+    launch = name_of_launch()
+    restarts = launch and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     found = numbered_checkpoints(Path(args.out) / "checkpoints")
-    if args.resume == "auto" or restarted:
+    if args.resume == "auto" or restarts:
         for path in reversed(found):
             try:
                 checkpoint = read_training_state(path)
             except CheckpointError as error:
                 notes.append(f"passed over {error}")
                 continue
-            if args.resume == "auto" or checkpoint.get("launch", "none") == launch:
+            if args.resume == "auto" or launch in checkpoint.get("launches", []):
                 return path, checkpoint
             break  # of an earlier run
     if args.resume == "auto":
@@ -1197,11 +1217,11 @@ def init_weights(model: FastSCNN, path: str) -> str:
     variant, classes = found.args["variant"], found.args["num_classes"]
     if variant != model.args["variant"]:
         raise CheckpointError(f"{path}: is of variant {variant}; give --variant {variant}")
-    loaded = build_from_checkpoint(
-        {"model": found.state_dict(), "model_args": found.args}, path, model.args["num_classes"], new_head=True
-    )
     heads = {"classifier.conv", "aux_detail.conv", "aux_context.conv"} if classes != model.args["num_classes"] else set()
-    state = {name: tensor for name, tensor in loaded.state_dict().items() if name.rpartition(".")[0] not in heads}
+    wanted = model.state_dict().keys()
+    state = {
+        name: tensor for name, tensor in found.state_dict().items() if name in wanted and name.rpartition(".")[0] not in heads
+    }
     missing, _ = model.load_state_dict(state, strict=False)
     anew = sorted({name.rpartition(".")[0] for name in missing})
     return f"began with {path}, {classes} classes; begun anew: {', '.join(anew) or 'nothing'}"
@@ -1214,6 +1234,19 @@ def load_teacher(path: str, classes: Classes) -> FastSCNN:
     if names != list(classes.names):
         raise CheckpointError(f"{path}: was trained on other classes than this run's; train a teacher on this dataset")
     return build_from_checkpoint(checkpoint, path, len(classes.names)).requires_grad_(False)
+
+
+def check_machines(folder: Path, newest: list[list[Path]]) -> None:
+    """Raises UsageError where the machine of another process has a newer checkpoint than that of process 0, which alone reads them.
+
+    newest: of each process, its newest checkpoint, in a list that may be empty.
+    """
+    for rank, paths in enumerate(newest):
+        if paths and (not newest[0] or position(paths[0]) > position(newest[0][0])):
+            raise UsageError(
+                f"{paths[0]} of process {rank} is newer than what the machine of process 0 has in {folder}; begin with the machine "
+                "that has it, or copy it there"
+            )
 
 
 def check_resume(path: Path, checkpoint: dict, model: FastSCNN, classes: Classes, args: argparse.Namespace) -> None:
@@ -1263,7 +1296,7 @@ def save_training(run: Run, classes: Classes, epoch: int, steps: int, steps_per_
             "best_miou": run.best_miou,
             "validated": validated,
             "world_size": run.world_size,
-            "launch": os.environ.get("TORCHELASTIC_RUN_ID", "none"),
+            "launches": run.launches,
             "args": vars(run.args),
         }
         if run.average:
@@ -1278,15 +1311,19 @@ def network_state(run: Run, classes: Classes, epoch: int) -> dict:
     return {"model": run.evaluated.state_dict(), "model_args": run.model.args, "classes": classes.to_dict(), "epoch": epoch}
 
 
-def finish_epoch(run: Run, val_set: SegmentationDataset, epoch: int, total_epochs: int, steps_per_epoch: int) -> None:
+def finish_epoch(
+    run: Run, val_set: SegmentationDataset, epoch: int, total_epochs: int, steps_per_epoch: int, verdict: int = Signals.GO_ON
+) -> None:
     """Saves {epoch}.pth, validates when that is due, and writes best_model.pth where it is the best.
 
     What is due is saved before it is validated, marked so: an image that cannot be read does not cost the epoch, and a
-    resumed run makes the validation up.
+    resumed run makes the validation up. `verdict` is that of `train_one_epoch`.
     """
     due = epoch % run.args.val_every == 0 or epoch == total_epochs
-    if due or epoch % run.args.save_every == 0:
+    if due or verdict or epoch % run.args.save_every == 0:
         save_training(run, val_set.classes, epoch, 0, steps_per_epoch, validated=not due)
+    if verdict == Signals.STOP:
+        raise Stopped(run.signals.received, together=True)
     if not due:
         return
     with run.signals.raising():
@@ -1323,6 +1360,8 @@ def prepare_output(out: Path, resumed: tuple[Path, dict] | None) -> list[str]:
 
     folder, logs = out / "checkpoints", out / "logs"
     best = folder / "best_model.pth"
+    with contextlib.suppress(FileNotFoundError), open(logs / "train.log", "r+b") as file:
+        lock(file, out)
     for path in [*folder.glob(".*.tmp"), *logs.glob(".*.tmp")]:  # of a process that was killed while it wrote
         path.unlink()
     continues = resumed is not None and resumed[0].resolve().parent == folder.resolve()
@@ -1332,7 +1371,7 @@ def prepare_output(out: Path, resumed: tuple[Path, dict] | None) -> list[str]:
         stale = [path for path in numbered_checkpoints(folder) if position(path) > (epoch, steps)]
         stale += [best] if best.exists() and epoch_of_best(best) > epoch else []
         if (logs / "metrics.jsonl").exists():
-            lines = (logs / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = (logs / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and known(line)]
             with named(logs / "metrics.jsonl"):
                 (logs / ".metrics.jsonl.tmp").write_text("".join(kept), encoding="utf-8")
@@ -1403,6 +1442,12 @@ def main(argv: list[str] | None = None) -> int:
     if not args.augment:
         choices = {"scale_range": (1.0, 1.0), "flip": False, "brightness": 0.0, "channel_noise": 0.0}
     half_epochs = round(args.half_resolution * args.epochs)
+    for name in ("teacher", "init_weights"):
+        path = getattr(args, name)
+        if path and Path(path).resolve().parent == (out / "checkpoints").resolve():
+            raise UsageError(
+                f"--{name.replace('_', '-')} {path} lies in this run's own --out {out}, which replaces it; give another --out"
+            )
     augmentation = Augmentation(tuple(args.crop_size), **choices, half_epochs=half_epochs, seed=args.seed)
     train_set = open_dataset(args.dataset, args.data, args.split, augmentation)
     val_set = open_dataset(args.dataset, args.data, args.val_split)
@@ -1422,6 +1467,8 @@ def main(argv: list[str] | None = None) -> int:
         device, rank, world_size = start_processes(args.device, args.peer_timeout)
         hosts = dist.new_group(backend="gloo", timeout=timedelta(minutes=args.peer_timeout)) if world_size > 1 else None
         if hosts:
+            if args.resume == "auto":
+                check_machines(out / "checkpoints", gathered([numbered_checkpoints(out / "checkpoints")[-1:]], world_size))
             shared = [resumed]
             dist.broadcast_object_list(shared, 0, hosts)
             [resumed] = shared
@@ -1462,7 +1509,7 @@ def main(argv: list[str] | None = None) -> int:
         objective = make_objective(args, model, train_set, device, rank, world_size, log)
         run = Run(
             args, model, wrapped, optimizer, scaler, device, rank, world_size, syncs_bn, log, tally, statistics, signals, writer,
-            objective, average, teacher,
+            objective, average, teacher, sorted({*filter(None, gathered([name_of_launch()], world_size))}),
         )  # fmt: skip
         steps = len(batches)
         epochs_done, steps_done = resume(run, *resumed, steps) if resumed else (0, 0)
@@ -1479,15 +1526,20 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 if resumed and not resumed[1]["validated"]:
                     finish_epoch(run, val_set, epochs_done, resumed[1]["args"]["epochs"], steps)
+                elif run.best_miou < 0 and epochs_done == args.epochs:  # it has lost its best_model.pth
+                    finish_epoch(run, val_set, epochs_done, args.epochs, steps)
                 progress = Progress(epochs_done * steps + steps_done, args.epochs * steps, args.batch_size, half_epochs * steps)
                 for epoch in range(epochs_done + 1, args.epochs + 1):
                     batches.set_epoch(epoch, steps_done)
-                    train_one_epoch(run, loader, epoch, progress, classes, steps_done)
-                    finish_epoch(run, val_set, epoch, args.epochs, steps)
+                    verdict = train_one_epoch(run, loader, epoch, progress, classes, steps_done)
+                    finish_epoch(run, val_set, epoch, args.epochs, steps, verdict)
                     progress.pause()
                     steps_done = 0
             except Stopped as stopped:
                 writer.wait()
+                if hosts and stopped.together:  # torchrun ends the others when one is gone, and process 0 may still be writing
+                    with contextlib.suppress(RuntimeError):
+                        dist.barrier(hosts)
                 log.line(f"stopped by {stopped}, all is saved; the same flags with --resume auto go on")
                 return STOPPED
             finally:
@@ -1548,6 +1600,7 @@ def resume(run: Run, path: Path, checkpoint: dict, steps_per_epoch: int) -> tupl
         run.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: its optimiser's state does not fit ({' '.join(str(error).split())[:200]})") from error
+    check_moments(run.optimizer, path)
     if args.amp == checkpoint["args"].get("amp") == "fp16":
         run.scaler.load_state_dict(checkpoint["scaler"])
     if "tally" in checkpoint:
@@ -1570,11 +1623,27 @@ def resume(run: Run, path: Path, checkpoint: dict, steps_per_epoch: int) -> tupl
     return epoch, steps
 
 
+def check_moments(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Raises CheckpointError where an optimiser has loaded what its kernels would read beyond: they compare no sizes."""
+    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = [optimizer.state.get(parameter, {}) for parameter in parameters]
+    if not any(states):
+        return
+    for number, (parameter, state) in enumerate(zip(parameters, states)):
+        shapes = {name: () if name == "step" else parameter.shape for name in names}
+        found = {name: value.shape if isinstance(value, Tensor) else None for name, value in state.items()}
+        if found != shapes:
+            raise CheckpointError(
+                f"{path}: its optimiser's state of parameter {number} does not fit the network; take another file"
+            )
+
+
 def lost_peer(error: RuntimeError) -> bool:
     """Whether an error of a collective says that another process is gone or does not answer."""
     if isinstance(error, dist.DistError):
         return True
-    return bool(re.search("gloo|[Cc]onnection (closed|reset)|[Tt]imed out|Broken pipe", str(error)))
+    return bool(re.search("gloo|[Cc]onnection (closed|reset)|[Tt]imed out|timeout|Broken pipe", str(error)))
 
 
 if __name__ == "__main__":

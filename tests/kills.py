@@ -93,7 +93,7 @@ def _runs(pid: int) -> bool:
 def differences(a, b, place: str = "") -> list[str]:
     """Where two checkpoints are not the same to the bit; how they were started and where they lie apart."""
     if isinstance(a, dict) and isinstance(b, dict):
-        own = {"args", "launch"} if not place else set()
+        own = {"args", "launches"} if not place else set()
         found = [f"{place}: keys {a.keys() ^ b.keys()}"] if a.keys() != b.keys() else []
         return found + [d for k in a.keys() & b.keys() - own for d in differences(a[k], b[k], f"{place}.{k}")]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
