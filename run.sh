@@ -4,8 +4,10 @@
 # bash run.sh train [flags]     set-up, then train.py on all devices of this machine; NPROC=n for n processes
 # bash run.sh eval [flags]      set-up, then eval.py
 # bash run.sh bench [flags]     set-up, then eval.py --benchmark
+# bash run.sh help              this; for the flags: bash run.sh train --help, bash run.sh eval --help
 #
-# Paths are relative to the folder of this file. Set-up takes the active Python environment where it has what requirements.txt asks for, else it makes and fills .venv.
+# Paths in the flags are relative to the folder of this file, wherever it is called from; give others in full.
+# Set-up takes the active Python environment where it has what requirements.txt asks for, else it makes and fills .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -13,6 +15,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 satisfies() {
   "$1" -m pip install --quiet --dry-run --no-index --requirement "$2" >/dev/null 2>&1 \
     && "$1" -c 'import torch, torchvision' >/dev/null 2>&1
+}
+
+usage() { # the comment at the head of this file
+  sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"
 }
 
 set_up() { # requirements file; leaves the interpreter in $python
@@ -60,14 +66,14 @@ train() { # flags of train.py; one process for each device
 }
 
 main_job() {
-  local data=datasets/cityscapes out=runs flags=()
+  local data=datasets/cityscapes out=runs flags=() photos=runs/checkpoints/best_model.pth more="--dataset camvid"
   if [ -d "$data" ]; then
     if [ -z "${NPROC:-}" ]; then # as many processes as share the default batch of 16 evenly
       NPROC=$(devices)
       while ((16 % NPROC)); do NPROC=$((NPROC - 1)); done
     fi
   else
-    data=datasets/streets out=runs/streets
+    data=datasets/streets out=runs/streets photos=weights/camvid.pth more="--data datasets/cityscapes"
     echo "run.sh: no datasets/cityscapes here: taking drawn street scenes"
     [ -d "$data" ] || "$python" tests/streets.py "$data"
     NPROC=${NPROC:-1}
@@ -79,22 +85,23 @@ main_job() {
   cat <<TEXT
 
 written: $weights, the best network by validation mIoU
-         $out/logs/train.log, what you have just read; metrics.jsonl beside it for programs
+         $out/logs/train.log, the lines of the training; metrics.jsonl beside it for programs
          $out/sheet.png, image | truth | prediction
          $out/report.html, curves, figures, confusion matrix and the worst images; open it in a browser
 next:    bash run.sh eval --weights $weights --data $data
-         bash run.sh eval --weights $weights --predict FOLDER_OF_IMAGES --out runs/predictions
-         bash run.sh train --data datasets/cityscapes   (README.md says how to get the data)
+         bash run.sh eval --weights $photos --predict PHOTOS   (your own street photos, into runs/predictions)
+         bash run.sh train $more   (README.md, Data, says how to get the data)
 TEXT
 }
 
 command=${1:-main}
 [ $# -eq 0 ] || shift
 case $command in
+  help | -h | --help) usage ;;
   main) set_up requirements.txt; build_ops; main_job ;;
   test) set_up tests/requirements.txt; build_ops; "$python" -m pytest tests "$@" ;;
   train) set_up requirements.txt; build_ops; train "$@" ;;
   eval) set_up requirements.txt; build_ops; "$python" eval.py "$@" ;;
   bench) set_up requirements.txt; build_ops; "$python" eval.py --benchmark "$@" ;;
-  *) sed -n '2,6s/^# //p' "$0" >&2; echo "run.sh: no command '$command'" >&2; exit 2 ;;
+  *) usage >&2; echo "run.sh: no command '$command', expected one of those above" >&2; exit 2 ;;
 esac

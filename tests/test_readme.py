@@ -163,6 +163,14 @@ def test_files_in_the_text_are_there():
         assert (ROOT / (name[0] or name[1])).exists(), name
 
 
+@pytest.mark.parametrize("flag", ["help", "-h", "--help"])
+def test_run_sh_says_what_it_can_do(flag, tmp_path):
+    done = subprocess.run(["bash", ROOT / "run.sh", flag], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and "relative to the folder" in done.stdout
+    assert all(f"bash run.sh {command}" in done.stdout for command in ("test", "train", "eval", "bench", "help"))
+    assert "#" not in done.stdout and "set -" not in done.stdout
+
+
 def test_run_sh_runs_a_command(project):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     flags = "--weights weights/camvid.pth --predict PHOTOS --out runs/photos --device cpu".split()
