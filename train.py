@@ -1594,13 +1594,7 @@ def resume(run: Run, path: Path, checkpoint: dict, steps_per_epoch: int) -> tupl
     total, last = args.epochs * steps_per_epoch, epoch * steps_per_epoch + steps - 1
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(min(last, total - 1), total, args.lr, args.warmup_steps, args.schedule)
-    # The momenta are the checkpoint's, the hyper-parameters those of this run's flags.
-    groups = run.optimizer.state_dict()["param_groups"]
-    try:
-        run.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: its optimiser's state does not fit ({' '.join(str(error).split())[:200]})") from error
-    check_moments(run.optimizer, path)
+    load_optimizer(run.optimizer, checkpoint["optimizer"], path)
     if args.amp == checkpoint["args"].get("amp") == "fp16":
         run.scaler.load_state_dict(checkpoint["scaler"])
     if "tally" in checkpoint:
@@ -1623,17 +1617,23 @@ def resume(run: Run, path: Path, checkpoint: dict, steps_per_epoch: int) -> tupl
     return epoch, steps
 
 
-def check_moments(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Raises CheckpointError where an optimiser has loaded what its kernels would read beyond: they compare no sizes."""
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: Path) -> None:
+    """The momenta are the checkpoint's, the hyper-parameters those of this run's flags.
+
+    Raises:
+        CheckpointError: they are of another network; the fused kernels compare no sizes, and would read beyond them.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    try:
+        optimizer.load_state_dict({**saved, "param_groups": groups})
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: its optimiser's state does not fit ({' '.join(str(error).split())[:200]})") from error
     names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states = [optimizer.state.get(parameter, {}) for parameter in parameters]
-    if not any(states):
-        return
     for number, (parameter, state) in enumerate(zip(parameters, states)):
-        shapes = {name: () if name == "step" else parameter.shape for name in names}
-        found = {name: value.shape if isinstance(value, Tensor) else None for name, value in state.items()}
-        if found != shapes:
+        expected = {name: () if name == "step" else parameter.shape for name in names if any(states)}  # none without momentum
+        if expected != {name: value.shape if isinstance(value, Tensor) else None for name, value in state.items()}:
             raise CheckpointError(
                 f"{path}: its optimiser's state of parameter {number} does not fit the network; take another file"
             )

@@ -435,6 +435,12 @@ def use(checkpoint: dict, path: Path) -> None:
     args = train.get_args_parser().parse_args(["--data", "x", "--resume", "auto"])
     train.check_resume(path, checkpoint, model, data.Classes.from_dict(checkpoint["classes"]), args)
     model.load_state_dict(checkpoint.get("trained", checkpoint["model"]))
+    args.lr = 0.1
+    optimizer = train.make_optimizer(model, args)
+    train.load_optimizer(optimizer, checkpoint["optimizer"], path)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
     if checkpoint["scaler"]:
         torch.amp.GradScaler("cpu").load_state_dict(checkpoint["scaler"])
     expect(0 <= checkpoint["epoch"] + 1 <= 2**31 and -math.inf < checkpoint["best_miou"] < math.inf, "absurd numbers")
