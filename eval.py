@@ -577,6 +577,15 @@ def overlay(image: Image.Image, label: np.ndarray, classes: Classes, strength: f
     return Image.blend(image, colour_map(label, classes), strength)
 
 
+def writable_as_picture(path: Path) -> bool:
+    """Whether Pillow writes RGB in the format of the suffix; some formats it only reads, or writes in black and white."""
+    try:
+        Image.new("RGB", (64, 64)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
+    except (KeyError, OSError, ValueError):
+        return False
+    return True
+
+
 class ContactSheet:
     """Rows of image | truth | prediction in one picture, with a caption above."""
 
@@ -589,7 +598,7 @@ class ContactSheet:
         if len(self.tiles) >= 3 * self.rows:
             return
         pictures = [Image.fromarray(image.numpy())] + [colour_map(m.cpu().numpy(), self.classes) for m in (truth, prediction)]
-        height = round(self.width * image.shape[0] / image.shape[1])
+        height = min(max(1, round(self.width * image.shape[0] / image.shape[1])), 8 * self.width)  # of what is all height too
         for picture, how in zip(pictures, (Image.Resampling.BILINEAR, Image.Resampling.NEAREST, Image.Resampling.NEAREST)):
             tile = torch.from_numpy(np.array(picture.resize((self.width, height), how)))
             self.tiles.append(tile.permute(2, 0, 1))
@@ -983,7 +992,7 @@ class WorstImages:
 def error_pictures(image: Tensor, truth: Tensor, prediction: Tensor, classes: Classes) -> dict[str, tuple[str, bytes]]:
     """{caption: (type, file)} of (H, W, 3) uint8 RGB and its (H, W) label maps, as wide as TILE; JPEG where there is a photograph."""
     photograph = Image.fromarray(image.numpy())
-    size = TILE, max(1, round(TILE * photograph.height / photograph.width))
+    size = TILE, min(max(1, round(TILE * photograph.height / photograph.width)), 8 * TILE)  # JPEG ends at 65535
     errors = 96 + np.asarray(photograph.convert("L"), np.float32)[..., None].repeat(3, 2) * 0.6
     errors[(truth != prediction).numpy()] = ImageColor.getrgb(LIGHT.second)
     errors[(truth == IGNORE).numpy()] = 0
@@ -2343,8 +2352,11 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError(f"--{name} is {sides[0]} {sides[1]}, expected at most {MAX_SIZE} pixels each")
     if args.export and any("\ud800" <= letter <= "\udfff" for letter in args.export):  # torch.export would abort the process
         raise UsageError(f"--export {args.export!r} is a name that is no UTF-8; give another")
-    if args.sheet and Path(args.sheet).suffix.lower() not in Image.registered_extensions():
-        raise UsageError(f"--sheet {args.sheet} has no suffix of an image format; give e.g. sheet.png")
+    if args.sheet and not writable_as_picture(Path(args.sheet)):
+        raise UsageError(f"--sheet {args.sheet} has no suffix of an image format that can be written; give e.g. sheet.png")
+    for name in ("sheet", "report"):
+        if (path := getattr(args, name)) and Path(path).is_dir():
+            raise UsageError(f"--{name} {path} is a folder, expected a file; give another name")
     modes = {
         "benchmark": run_benchmark,
         "export": run_export,

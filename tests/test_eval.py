@@ -1,5 +1,6 @@
 """Metrics by hand, the modes of eval.py, and what it says to wrong input."""
 
+import io
 import json
 import math
 import subprocess
@@ -74,6 +75,18 @@ def test_colours_and_contact_sheet(tmp_path):
     )
 
 
+@pytest.mark.parametrize("width, height, tile", [(3000, 3, 1), (3, 3000, 8 * 64)])
+def test_pictures_of_images_out_of_all_proportion(tmp_path, width, height, tile):
+    image = torch.zeros(height, width, 3, dtype=torch.uint8)
+    sheet = ContactSheet(THREE, rows=1, width=64)
+    sheet.add(image, image[..., 0], image[..., 0])
+    sheet.save(tmp_path / "s.png")
+    assert Image.open(tmp_path / "s.png").size == (4 + 3 * 68, 16 + 8 + tile)
+    # JPEG ends at 65535 pixels: at the image's own proportions there would be 480000.
+    for kind, file in evaluation.error_pictures(image, image[..., 0], image[..., 0], THREE).values():
+        assert Image.open(io.BytesIO(file)).format == kind.upper()
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A checkpoint of an untrained network for Cityscapes."""
@@ -143,6 +156,11 @@ def cut(path, target):
     return target
 
 
+def folder(path):
+    path.mkdir()
+    return path
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -159,6 +177,19 @@ def cut(path, target):
         (lambda w, d, t: ["--benchmark", "--size", "16", "64"], "--size is 16 64, expected at least 32 pixels each"),
         (lambda w, d, t: ["--benchmark", "--repeats", "0"], "--repeats is 0, expected at least 1"),
         (lambda w, d, t: ["--weights", w, "--data", d, "--sheet", t / "sheet"], "has no suffix of an image format"),
+        (
+            lambda w, d, t: ["--weights", w, "--data", d, "--sheet", t / "s.psd"],
+            "s.psd has no suffix of an image format that can",
+        ),
+        (
+            lambda w, d, t: ["--weights", w, "--data", d, "--sheet", t / "s.xbm"],
+            "s.xbm has no suffix of an image format that can",
+        ),
+        (lambda w, d, t: ["--weights", w, "--data", d, "--sheet", folder(t / "s.png")], "s.png is a folder, expected a file"),
+        (
+            lambda w, d, t: ["--weights", w, "--data", d, "--report", folder(t / "r.html")],
+            "r.html is a folder, expected a file",
+        ),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_status_2(weights, drawn, tmp_path, capsys, flags, message):
