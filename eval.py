@@ -1400,11 +1400,8 @@ class Painter:
         """An RGB image and its (H, W) uint8 train ids -> RGB, or train ids as an image of mode L; the legend is of what occurs."""
         if self.style == "labels":
             return Image.fromarray(label)
-        how = {
-            "overlay": lambda: overlay(image, label, self.classes, self.strength),
-            "colour": lambda: colour_map(label, self.classes),
-        }
-        picture = how[self.style]()
+        overlaid = self.style == "overlay"
+        picture = overlay(image, label, self.classes, self.strength) if overlaid else colour_map(label, self.classes)
         if not self.legend:
             return picture
         strip = legend(self.classes, picture.width, np.flatnonzero(np.bincount(label.ravel(), minlength=256)))
@@ -1553,33 +1550,30 @@ class Ffmpeg:
         self.log = tempfile.TemporaryFile()
         threads = ("-threads", str(max(1, (os.cpu_count() or 1) // 2)))  # the network works beside it
         command = [
-            _program("ffmpeg"),
-            "-hide_banner",
-            "-nostdin",
-            "-v",
-            "error",
-            *threads,
-            *arguments[:-1],
-            *threads,
-            arguments[-1],
-        ]
+            _program("ffmpeg"), "-hide_banner", "-nostdin", "-v", "error", *threads, *arguments[:-1], *threads, arguments[-1]
+        ]  # fmt: skip
         # In a session of its own, so that Ctrl-C reaches this process alone, which then ends it: it would make a whole file of
         # what it has.
         self.process = subprocess.Popen(command, stderr=self.log, bufsize=0, start_new_session=True, **pipes)
         self.pipe = self.process.stdout or self.process.stdin
         _widen(self.pipe)
 
+    def said(self) -> str:
+        """Waits for its end. All that it complained about."""
+        self.process.wait()
+        self.log.seek(0)
+        return self.log.read().decode(errors="replace")
+
     def complaint(self) -> str:
         """Waits for its end. What it complained about, in one line; empty if about nothing."""
-        status = self.process.wait()
-        self.log.seek(0)
-        lines = [line for line in self.log.read().decode(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in self.said().splitlines() if line.strip()]
+        status = self.process.returncode
         if status < 0:
             lines.append(f"ffmpeg was ended by signal {-status}")
         elif status > 0 and not lines:
             lines.append(f"ffmpeg ended with status {status}")
         # The first names the cause, as in "[mov,mp4,... @ 0x55d0] moov atom not found"; the addresses say nothing.
-        return re.sub(r"^\[\S+ @ 0x\w+\] ", "", lines[0] if status >= 0 else lines[-1]) if lines else ""
+        return re.sub(r"\[[^][]* @ 0x\w+\] *", "", lines[0] if status >= 0 else lines[-1]) if lines else ""
 
     def close(self) -> None:
         self.process.kill()
@@ -1602,48 +1596,59 @@ def _local(path: Path) -> tuple[str, ...]:
 
 
 @functools.cache
-def _has_encoder(name: str) -> bool:
-    done = subprocess.run(
-        [_program("ffmpeg"), "-v", "error", "-encoders"], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    return f" {name} " in done.stdout
+def _listed(what: str) -> str:
+    """ffmpeg's list of its "encoders" or "codecs"."""
+    command = [_program("ffmpeg"), "-v", "error", f"-{what}"]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
 
 
 def probe(path: Path) -> dict:
-    """What ffprobe says of a video: rates, duration, colours; "delay" of the first frame in s, "audio", its codecs.
+    """What ffprobe says of a video: rates, duration, colours; "delay" of the first frame in s, "audio", its streams.
 
     Empty without ffprobe.
     """
     if shutil.which("ffprobe") is None:
         return {}
-    wanted = "stream=codec_type,codec_name,r_frame_rate,avg_frame_rate,start_time,duration,nb_frames,color_space,"
-    wanted += "color_primaries,color_transfer:stream_disposition=attached_pic:format=start_time,duration"
-    command = ["ffprobe", "-v", "quiet", *_local(path), "-show_entries", wanted, "-of", "json"]
+
+    def ask(*entries: str) -> str:
+        command = ["ffprobe", "-v", "quiet", *_local(path), "-show_entries", *entries]
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL).stdout
+
+    wanted = (
+        "stream=codec_type,codec_name,pix_fmt,height,r_frame_rate,avg_frame_rate,start_time,duration,nb_frames,color_space,"
+    )
+    wanted += "color_primaries,color_transfer,sample_rate:stream_disposition=attached_pic:format=start_time,duration"
     try:
-        facts = json.loads(subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL).stdout)
+        facts = json.loads(ask(wanted, "-of", "json"))
     except ValueError:
         return {}
     streams, whole = facts.get("streams", []), facts.get("format", {})
     of_video = [s for s in streams if s.get("codec_type") == "video" and not s.get("disposition", {}).get("attached_pic")]
     video = of_video[0] if of_video else {}
+    if video and "nb_frames" not in video:
+        # The average rate is then but what the container promises, or that of the first seconds. A time that occurs twice is of
+        # a packet without a frame (VP8 has such); a step back, or of more than 10 s, is a break, as ffmpeg takes it.
+        listing = ask("packet=dts_time", "-select_streams", "V:0", "-of", "csv=p=0")
+        times = [float(time) for time in re.findall(r"^-?\d+\.\d+", listing, re.MULTILINE)]
+        steps = [after - before for before, after in pairwise(times) if 0 < after - before < 10]
+        if steps:
+            video["avg_frame_rate"] = str(Fraction(len(steps) / sum(steps)).limit_denominator(1000))
     delay = (_number_in(video.get("start_time")) or 0) - (_number_in(whole.get("start_time")) or 0)
-    audio = [s.get("codec_name") for s in streams if s.get("codec_type") == "audio"]
-    return {**whole, **video, "delay": delay, "audio": audio}
+    audio = [s for s in streams if s.get("codec_type") == "audio"]
+    return {**whole, **video, "delay": float(delay), "audio": audio}
 
 
-def _number_in(text: str | None) -> float | None:
-    """A number that ffprobe gives, if it does."""
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return None
+def _number_in(text: str | None) -> Fraction | None:
+    """A number other than 0 that ffprobe gives, if it does; a rate is a fraction."""
+    with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):
+        return Fraction(text) or None
 
 
 class VideoFrames:
     """A video's frames as planes of Y, U and V at a constant rate, upright, in the form of YUV4MPEG2.
 
     Attributes: height, width, rate (frames a second), header (the fields of YUV4MPEG2), total (number of frames, about, or
-    None), full_range.
+    None), full_range, tags (the colours', as ffmpeg's setparams takes them).
 
     Raises:
         DataError: ffmpeg finds no video in the file, or it is too small for the network.
@@ -1654,16 +1659,24 @@ class VideoFrames:
 
     def __init__(self, path: Path):
         self.path, self.facts = path, probe(path)
-        nominal, average = (self._rate(self.facts.get(key)) for key in ("r_frame_rate", "avg_frame_rate"))
-        seconds = _number_in(self.facts.get("duration"))
+        nominal, average, seconds, count = (
+            _number_in(self.facts.get(key)) for key in ("r_frame_rate", "avg_frame_rate", "duration", "nb_frames")
+        )
         # Every frame once, unless they come at irregular times, so that in the end they would be off by more than a tenth of a
         # second. Such are put to a constant rate by leaving out or repeating some, to their average one: ffmpeg would take the
         # nominal rate, which of a phone's or a screen's video may be a hundred times too high.
         irregular = not (nominal and average) or abs(average / nominal - 1) * (seconds or 10) > 0.1
-        rate = ("-r", str(average)) if irregular and average else () if irregular else ("-vf", "setpts=N/FRAME_RATE/TB")
+        given, made = () if irregular else ("-r", str(nominal)), ("-r", str(average)) if irregular and average else ()
         self.delay = 0 if irregular else max(0, self.facts.get("delay", 0))  # of the first frame, in seconds
+        names = {"colorspace": "color_space", "color_primaries": "color_primaries", "color_trc": "color_transfer"}
+        tags = {name: self.facts.get(key, "unknown") for name, key in names.items()}
+        self.tags = {name: tag for name, tag in tags.items() if tag not in ("unknown", "reserved", "gbr")}
+        if re.search("rgb|bgr|gbr|pal8", self.facts.get("pix_fmt", "")):
+            # RGB has no matrix: ffmpeg would make YUV of it with BT.601's at any size, and players read that of its size.
+            self.tags["colorspace"] = "bt709" if self.facts.get("height", 0) >= 720 else "smpte170m"
+            made += ("-vf", f"scale=out_color_matrix={self.tags['colorspace']}:out_range=tv")
         self.ffmpeg = Ffmpeg(
-            *_local(path), "-map", "0:V:0", *rate, "-pix_fmt", "yuv420p", "-f", "yuv4mpegpipe", "pipe:1",
+            *given, *_local(path), "-map", "0:V:0", *made, "-pix_fmt", "yuv420p", "-f", "yuv4mpegpipe", "pipe:1",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         )  # fmt: skip
         try:
@@ -1672,7 +1685,7 @@ class VideoFrames:
                 raise DataError(f"{path}: no video that ffmpeg can decode ({self.ffmpeg.complaint() or 'it holds no frames'})")
             self.header = head[1:]
             fields = {field[0]: field[1:] for field in reversed(self.header)}
-            self.width, self.height, self.rate = int(fields["W"]), int(fields["H"]), self._rate(fields["F"].replace(":", "/"))
+            self.width, self.height, self.rate = int(fields["W"]), int(fields["H"]), Fraction(fields["F"].replace(":", "/"))
             if min(self.height, self.width) < MIN_SIZE:
                 size, least = f"{self.width}x{self.height}", f"{MIN_SIZE}x{MIN_SIZE}"
                 raise DataError(f"{path}: {size} pixels, expected at least {least}; enlarge it")
@@ -1680,13 +1693,8 @@ class VideoFrames:
             self.close()
             raise
         self.full_range = "XCOLORRANGE=FULL" in self.header
-        count = _number_in(self.facts.get("nb_frames"))
-        self.total = count if count and not irregular else seconds and round(seconds * self.rate)
-
-    @staticmethod
-    def _rate(text: str | None) -> Fraction | None:
-        with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):
-            return Fraction(text) or None
+        counts = [seconds and seconds * self.rate, None if irregular else count]  # an edit list may hide some
+        self.total = round(min(filter(None, counts))) if any(counts) else None
 
     def read(self, memory: np.ndarray) -> bool:
         """The next frame, START and planes, if there is one whole."""
@@ -1704,48 +1712,54 @@ class VideoFile:
     """
 
     def __init__(self, target: Path, source: VideoFrames, size: tuple[int, int], style: str, preset: str):
-        self.target, self.partial = target, target.with_name(f"{target.name}.partial")
+        self.source, self.target, self.partial = source.path, target, target.with_name(f"{target.name}.partial")
         target.parent.mkdir(parents=True, exist_ok=True)
         if style == "labels":
             arguments = ("-c:v", "ffv1", "-pix_fmt", "gray", "-f", "matroska")
         else:
             codec = ("-c:v", "libx264", "-preset", preset, "-crf", "23")
-            if not _has_encoder("libx264"):
+            if " libx264 " not in _listed("encoders"):
                 codec = ("-c:v", "mpeg4", "-q:v", "3")
-            names = {"colorspace": "color_space", "color_primaries": "color_primaries", "color_trc": "color_transfer"}
-            tags = {name: source.facts[key] for name, key in names.items() if source.facts.get(key, "unknown") != "unknown"}
-            tags = ("-vf", "setparams=" + ":".join(f"{name}={value}" for name, value in tags.items())) if tags else ()
-            audio = source.facts.get("audio")
-            audio = ("-c:a", "copy" if audio and AUDIO_IN_MP4.issuperset(audio) else "aac")
+            tags = ":".join(f"{name}={tag}" for name, tag in source.tags.items())
             arguments = (
-                *_local(source.path),
-                "-map",
-                "0:v",
-                "-map",
-                "1:a?",
-                *audio,
-                *tags,
-                *codec,
-                "-pix_fmt",
-                "yuv420p",
-                "-f",
-                "mp4",
-            )
+                *_local(source.path), "-map", "0:v", *self.sound(source), *(("-vf", f"setparams={tags}") if tags else ()),
+                *codec, "-pix_fmt", "yuv420p", "-f", "mp4",
+            )  # fmt: skip
         self.ffmpeg = Ffmpeg(
-            "-y",
-            "-itsoffset",
-            f"{source.delay:.6f}",
-            "-f",
-            "yuv4mpegpipe",
-            "-i",
-            "pipe:0",
-            *arguments,
-            f"file:{self.partial.absolute()}",
-            stdin=subprocess.PIPE,
-        )
+            "-y", "-itsoffset", f"{source.delay:.6f}", "-f", "yuv4mpegpipe", "-i", "pipe:0", *arguments,
+            f"file:{self.partial.absolute()}", stdin=subprocess.PIPE,
+        )  # fmt: skip
         fields = [field for field in source.header if field[0] not in "WH" and (style != "labels" or field[0] not in "CX")]
         fields = [f"W{size[1]}", f"H{size[0]}", *fields, *(["Cmono"] if style == "labels" else [])]
-        self.write(np.frombuffer(" ".join(["YUV4MPEG2", *fields]).encode() + b"\n", np.uint8))
+        try:
+            self.write(np.frombuffer(" ".join(["YUV4MPEG2", *fields]).encode() + b"\n", np.uint8))
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def sound(source: VideoFrames) -> list[str]:
+        """The options by which ffmpeg takes over what is heard, of its input 1: as it is where MP4 can hold that, else as AAC."""
+        streams = source.facts.get("audio")
+        if streams is None:
+            return ["-map", "1:a?", "-c:a", "aac"]
+        options, taken = [], 0
+        for index, stream in enumerate(streams):
+            codec = stream.get("codec_name", "unknown")
+            if not re.search(rf"^ D\S+ {re.escape(codec)} ", _listed("codecs"), re.MULTILINE):
+                tqdm.write(f"eval.py: {source.path}: its sound is left out: codec {codec}, which ffmpeg lacks", file=sys.stderr)
+                continue
+            fits = codec in AUDIO_IN_MP4 and (codec != "mp3" or int(stream.get("sample_rate", 0)) >= 16000)
+            options += ["-map", f"1:a:{index}", f"-c:a:{taken}", "copy" if fits else "aac"]
+            taken += 1
+        return options
+
+    def refusal(self) -> Exception:
+        """What to raise when ffmpeg has given up: OSError where no file can be written, DataError where this one cannot."""
+        message, said = f"{self.target}: cannot be written ({self.ffmpeg.complaint()})", self.ffmpeg.said()
+        if any(os.strerror(number) in said for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)):
+            return OSError(message)
+        return DataError(f"{message}; leave {self.source} out, or convert it")
 
     def write(self, memory: np.ndarray) -> None:
         """START and planes of a frame."""
@@ -1772,9 +1786,8 @@ class VideoPainter:
 
     def __init__(self, painter: Painter, source: VideoFrames):
         self.height, self.width, self.labels = source.height, source.width, painter.style == "labels"
-        space = source.facts.get("color_space", "unknown")
         # Untagged video has the matrix of its size, as players take it.
-        self.space = ("bt709" if source.height >= 720 else "bt601") if space == "unknown" else space
+        self.space = source.tags.get("colorspace", "bt709" if source.height >= 720 else "bt601")
         self.full_range, self.mine = source.full_range, threading.local()
         even = source.height + source.height % 2, source.width + source.width % 2
         colours = self.to_yuv(painter.classes.palette()[None])[0]  # (256, 3)

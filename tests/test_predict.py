@@ -321,29 +321,136 @@ def test_a_turned_video_stands_upright(tmp_path):
 
 
 @needs_ffmpeg
-def test_irregular_frames_are_put_to_their_average_rate(tmp_path, capsys):
-    path = tmp_path / "vfr.mkv"
-    # 40 frames at 100 a second, of which every tenth is kept: between them 0.1 s; the nominal rate stays 100.
-    select = "select='not(mod(n,10))+lt(n,10)'"
+@pytest.mark.parametrize("container", ["mkv", "mp4"])
+def test_irregular_frames_are_put_to_their_average_rate(tmp_path, container):
+    """10 frames at 100 a second, then 30 at 10: 3 seconds, of which MKV says 100 a second throughout."""
+    path = tmp_path / f"vfr.{container}"
     ffmpeg(
-        "-f",
-        "lavfi",
-        "-i",
-        "testsrc2=size=96x64:rate=100",
-        "-frames:v",
-        "40",
-        "-vf",
-        select,
-        "-vsync",
-        "vfr",
-        "-c:v",
-        "ffv1",
-        path,
-    )
+        "-f", "lavfi", "-i", "testsrc2=size=96x64:rate=100", "-frames:v", 40, "-vf", "select='not(mod(n,10))+lt(n,10)'",
+        "-vsync", "vfr", "-c:v", "ffv1" if container == "mkv" else "libx264", path,
+    )  # fmt: skip
     assert predict("--predict", path, "--out", tmp_path / "out") == 0
     written = facts(tmp_path / "out/vfr_overlay.mp4")
-    duration = written["frames"] / written["rate"]
-    assert written["frames"] < 400 and 0.3 <= duration <= 0.75
+    assert 35 <= written["frames"] <= 45 and 2.8 <= written["frames"] / written["rate"] <= 3.3
+
+
+@needs_ffmpeg
+def test_packets_without_a_frame_do_not_make_frames_irregular(tmp_path):
+    """VP8's alternate references: packets that are never shown, here 318 of 300 frames."""
+    path, log = tmp_path / "clip.webm", tmp_path / "log"
+    source = ("-f", "lavfi", "-i", "testsrc2=size=96x64:rate=30", "-frames:v", 120, "-c:v", "libvpx", "-b:v", "300k")
+    source += ("-auto-alt-ref", 1, "-lag-in-frames", 16, "-passlogfile", log)
+    ffmpeg(*source, "-pass", 1, "-f", "null", "-")
+    ffmpeg(*source, "-pass", 2, path)
+    count = ["ffprobe", "-v", "error", "-count_packets", "-show_entries", "stream=nb_read_packets", "-of", "csv=p=0", path]
+    assert int(subprocess.run(count, check=True, capture_output=True).stdout) > 120
+    assert predict("--predict", path, "--out", tmp_path / "out") == 0
+    written = facts(tmp_path / "out/clip_overlay.mp4")
+    assert (written["frames"], written["rate"]) == (120, 30)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm", "avi", "ts", "mpg", "flv", "ogv", "wmv", "y4m"])
+def test_frames_at_a_constant_rate_are_each_taken_once(tmp_path, capsys, suffix):
+    """Sound that goes on after them does not count; where it starts before them, the first is shown from its start on."""
+    path = tmp_path / f"clip.{suffix}"
+    sound = () if suffix == "y4m" else ("-f", "lavfi", "-i", "sine=frequency=440:duration=4", "-map", "0:v", "-map", "1:a")
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=size=96x64:rate=25:duration=2", *sound, path)
+    assert predict("--predict", path, "--out", tmp_path / "out") == 0
+    assert last_json(capsys.readouterr().out)["frames"] == 50
+    written = facts(tmp_path / "out/clip_overlay.mp4")
+    assert written["frames"] == 50 + (suffix in ("flv", "wmv")) and written["rate"] == 25
+
+
+@needs_ffmpeg
+def test_a_video_trimmed_without_encoding_is_not_damaged(tmp_path):
+    """Its file keeps the frames before the cut that others need, and an edit list hides them."""
+    whole = make_video(tmp_path / "long.mp4", frames=150, codec=("-c:v", "libx264", "-g", "50"))
+    ffmpeg("-ss", "3.9", "-i", whole, "-c", "copy", tmp_path / "trimmed.mp4")
+    with contextlib.closing(VideoFrames(tmp_path / "trimmed.mp4")) as source:
+        assert int(source.facts["nb_frames"]) == 100 and source.total in (52, 53) and isinstance(source.total, int)
+    assert predict("--predict", tmp_path / "trimmed.mp4", "--out", tmp_path / "out") == 0
+    assert facts(tmp_path / "out/trimmed_overlay.mp4")["frames"] in (52, 53)
+
+
+@needs_ffmpeg
+def test_no_frame_is_lost_where_the_resolution_changes(tmp_path):
+    for width in (160, 96):
+        make_video(tmp_path / f"{width}.ts", width, frames=20, codec=("-c:v", "libx264"))
+    (tmp_path / "both.ts").write_bytes((tmp_path / "160.ts").read_bytes() + (tmp_path / "96.ts").read_bytes())
+    assert predict("--predict", tmp_path / "both.ts", "--out", tmp_path / "out") == 0
+    written = facts(tmp_path / "out/both_overlay.mp4")
+    assert (written["frames"], written["rate"], written["size"]) == (40, 25, (160, 64))
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize(
+    "name, codec", [("a.mov", ("png", "rgb24")), ("a.mp4", ("libx264rgb", "bgr0")), ("a.mkv", ("ffv1", "gbrp"))]
+)
+@pytest.mark.parametrize("height, matrix", [(720, "bt709"), (64, "smpte170m")])
+def test_colours_of_video_in_rgb_stay(tmp_path, name, codec, height, matrix):
+    """A saturated red and green, the network's colours at no strength; players read YUV with the matrix of its size or tag."""
+    image = Image.new("RGB", (96, height), (220, 30, 20))
+    image.paste((20, 200, 60), (48, 0, 96, height))
+    image.save(tmp_path / "a.png")
+    ffmpeg("-loop", 1, "-i", tmp_path / "a.png", "-frames:v", 3, "-c:v", codec[0], "-pix_fmt", codec[1], tmp_path / name)
+    assert predict("--predict", tmp_path / name, "--out", tmp_path / "out", "--strength", 0) == 0
+    result = tmp_path / "out/a_overlay.mp4"
+    assert evaluation.probe(result)["color_space"] == matrix
+    planes = torch.from_numpy(planes_of(result, height, 96)[0].copy())
+    kr, kb = (0.2126, 0.0722) if matrix == "bt709" else (0.299, 0.114)
+    rgb = ops_ext.yuv420_to_rgb(planes, torch.empty((height, 96, 3), dtype=torch.uint8), kr, kb).numpy().astype(int)
+    assert np.abs(rgb[height // 2, [20, 76]] - [[220, 30, 20], [20, 200, 60]]).max() <= 6
+
+
+@needs_ffmpeg
+def test_tags_of_colours_that_say_nothing_are_left_out(tmp_path):
+    reserved = "h264_metadata=matrix_coefficients=3:colour_primaries=3:transfer_characteristics=3"
+    path = make_video(tmp_path / "a.mp4", codec=("-c:v", "libx264"), extra=("-bsf:v", reserved))
+    assert evaluation.probe(path)["color_space"] == "reserved"
+    assert predict("--predict", path, "--out", tmp_path / "out") == 0
+    assert facts(tmp_path / "out/a_overlay.mp4")["frames"] == 12
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("rate, codec", [(8000, "aac"), (16000, "mp3")])
+def test_mp3_that_mp4_does_not_take_becomes_aac(tmp_path, rate, codec):
+    path = tmp_path / "a.avi"
+    sound = ("-f", "lavfi", "-i", "sine=duration=4", "-c:a", "libmp3lame", "-ar", rate)
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=size=96x64:rate=25:duration=4", *sound, "-c:v", "mjpeg", path)
+    assert predict("--predict", path, "--out", tmp_path / "out") == 0
+    written = facts(tmp_path / "out/a_overlay.mp4")
+    assert written["frames"] == 100 and written["audio"] == [codec]
+
+
+@needs_ffmpeg
+def test_sound_of_an_unknown_codec_is_left_out_and_that_is_said(tmp_path, capsys):
+    """The second of two; the first is taken over."""
+    sound = ("-f", "lavfi", "-i", "sine", "-f", "lavfi", "-i", "sine", "-map", "0:v", "-map", "1:a", "-map", "2:a")
+    path = tmp_path / "a.mkv"
+    ffmpeg(
+        "-f", "lavfi", "-i", "testsrc2=size=96x64:rate=25", *sound, "-t", 1, "-c:v", "ffv1", "-c:a:0", "libmp3lame",
+        "-c:a:1", "libvorbis", path,
+    )  # fmt: skip
+    content = path.read_bytes()
+    assert content.count(b"A_VORBIS") == 1
+    path.write_bytes(content.replace(b"A_VORBIS", b"A_NOBODY"))
+    assert predict("--predict", path, "--out", tmp_path / "out") == 0
+    error = capsys.readouterr().err
+    assert f"eval.py: {path}: its sound is left out: codec " in error and error.count("\n") == 1
+    assert facts(tmp_path / "out/a_overlay.mp4")["audio"] == ["mp3"]
+
+
+def test_addresses_in_what_ffmpeg_says_are_left_out(tmp_path, monkeypatch):
+    fake = tmp_path / "ffmpeg"
+    fake.write_text("#!/bin/sh\necho '[vost#0:0/libx264 @ 0x55d0] [enc: x 264 @ 0xaf] too wide [as it is]' >&2; exit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    program = evaluation.Ffmpeg("-", stdout=subprocess.PIPE)
+    try:
+        assert program.complaint() == "too wide [as it is]"
+    finally:
+        program.close()
 
 
 @needs_ffmpeg
