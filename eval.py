@@ -1708,7 +1708,8 @@ class VideoFile:
     """A video under way: frames as YUV4MPEG2 go in; under a name of its own until `finish`, so that half a file looks like one.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: no file can be written there.
+        DataError: ffmpeg cannot write this one.
     """
 
     def __init__(self, target: Path, source: VideoFrames, size: tuple[int, int], style: str, preset: str):
@@ -1766,14 +1767,13 @@ class VideoFile:
         try:
             write_all(self.ffmpeg.pipe, memory)
         except BrokenPipeError:
-            raise OSError(f"{self.target}: cannot be written ({self.ffmpeg.complaint()})") from None
+            raise self.refusal() from None
 
     def finish(self, target: Path) -> None:
         """Gives the file, with all frames in it, its name."""
         self.ffmpeg.pipe.close()
-        complaint = self.ffmpeg.complaint()
-        if self.ffmpeg.process.returncode or "rror writing" in complaint:
-            raise OSError(f"{self.target}: cannot be written ({complaint})")
+        if "rror writing" in self.ffmpeg.complaint() or self.ffmpeg.process.returncode:
+            raise self.refusal()
         os.replace(self.partial, target)
 
     def close(self) -> None:
@@ -1964,6 +1964,19 @@ def find_pictures(source: Path, out: Path, style: str) -> tuple[dict[Path, Path]
     return pictures, videos
 
 
+@contextlib.contextmanager
+def _blamed_on(path: Path) -> Iterator[None]:
+    """Makes a DataError that names the file of what keeps but this one from being segmented."""
+    try:
+        yield
+    except UsageError as error:  # there is no ffmpeg
+        raise DataError(f"{path}: {error}") from None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise DataError(f"{path}: the name of what it becomes is too long; shorten its own") from None
+
+
 def run_prediction(args: argparse.Namespace) -> dict:
     """Segments --predict, a picture, a video, or all of a folder, into --out; or raw frames from stdin to stdout."""
     raw = args.predict == "-"
@@ -1977,7 +1990,7 @@ def run_prediction(args: argparse.Namespace) -> dict:
         raise UsageError("--legend names colours, which --style labels does not have; leave it out")
     out = Path(args.out)
     pictures, videos = ({}, {}) if raw else find_pictures(Path(args.predict), out, args.style)
-    if videos:
+    if videos and not pictures:
         _program("ffmpeg")
     checkpoint = read_checkpoint(args.weights)
     model = build_from_checkpoint(checkpoint, args.weights)
@@ -2018,7 +2031,8 @@ def run_prediction(args: argparse.Namespace) -> dict:
 
         def one(item: tuple[Path, Path]) -> DataError | None:
             try:
-                segment_picture(*item, segment, painter)
+                with _blamed_on(item[0]):
+                    segment_picture(*item, segment, painter)
             except DataError as error:  # others are not lost for it
                 return error
 
@@ -2036,7 +2050,8 @@ def run_prediction(args: argparse.Namespace) -> dict:
             except DataError as error:
                 fail(error)
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
         torch.set_num_threads(before)
     failures, frames = map(sum, zip(*gathered([(len(failed), frames)], world_size)))
     if failures and rank == 0:

@@ -500,6 +500,36 @@ def test_without_ffmpeg_the_remedy_is_named(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_without_ffmpeg_the_pictures_of_a_folder_are_segmented_all_the_same(tmp_path, capsys, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.mp4").write_bytes(b"never read")
+    Image.new("RGB", (40, 40)).save(tmp_path / "in/z.png")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert predict("--predict", tmp_path / "in", "--out", tmp_path / "out") == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 2 and "a.mp4: video needs the program ffmpeg on PATH" in errors[0] and "1 of 2 files" in errors[1]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["z.png_overlay.png"]
+
+
+@needs_ffmpeg
+def test_what_cannot_be_encoded_is_one_files_failure(tmp_path, capsys):
+    """Wider than H.264 can be; names that leave no room for what is added to them. All else is done."""
+    make_video(tmp_path / "in/a.mkv", 20000, 32, frames=1)
+    make_video(tmp_path / f"in/{'b' * 240}.mkv", frames=3)
+    make_video(tmp_path / "in/c.mkv", frames=3)
+    for name in ("d" * 245, "e"):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"in/{name}.png")
+    assert predict("--predict", tmp_path / "in", "--out", tmp_path / "out") == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 4 and "3 of 5 files could not be segmented" in errors[3]
+    assert "ddd.png: the name of what it becomes is too long; shorten its own" in errors[0]
+    assert (
+        "a_overlay.mp4: cannot be written (" in errors[1] and f"leave {tmp_path / 'in/a.mkv'} out, or convert it" in errors[1]
+    )
+    assert "bbb.mkv: the name of what it becomes is too long" in errors[2]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"c_overlay.mp4", "e.png_overlay.png"} and no_children()
+
+
 @needs_ffmpeg
 def test_without_ffprobe_video_works_too(tmp_path, capsys, monkeypatch):
     path = make_video(tmp_path / "a.mkv", audio=True, rate="30000/1001")
