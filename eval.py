@@ -1959,8 +1959,10 @@ def find_pictures(source: Path, out: Path, style: str) -> tuple[dict[Path, Path]
             continue
         suffix = ".mkv" if style == "labels" else ".mp4"
         target = folder / f"{path.stem}_{style}{suffix}"
-        videos[path] = folder / f"{path.name}_{style}{suffix}" if target in names else target
+        if target in names:
+            target = folder / f"{path.name}_{style}{suffix}"
         names.add(target)
+        videos[path] = target
     return pictures, videos
 
 

@@ -475,6 +475,16 @@ def test_a_folder_of_pictures_and_videos_of_one_name(tmp_path, capsys):
 
 
 @needs_ffmpeg
+def test_no_result_takes_the_name_of_another(tmp_path, capsys):
+    for name in ("a.mov", "a.mp4", "a.mp4.mkv"):
+        make_video(tmp_path / "in" / name, codec=("-c:v", "libx264"), frames=3)
+    assert predict("--predict", tmp_path / "in", "--out", tmp_path / "out") == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "a_overlay.mp4", "a.mp4_overlay.mp4", "a.mp4.mkv_overlay.mp4"
+    }  # fmt: skip
+
+
+@needs_ffmpeg
 def test_two_processes_share_pictures_and_videos(tmp_path):
     for name in "ab":
         make_video(tmp_path / f"in/{name}.mkv")
