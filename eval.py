@@ -1942,11 +1942,11 @@ def find_pictures(source: Path, out: Path, style: str) -> tuple[dict[Path, Path]
         raise FileNotFoundError(f"{source}: no such picture, video or folder; give one to --predict")
     paths, root = [source], source.parent
     if source.is_dir():
-        ours = (
-            [] if out.resolve() == source.resolve() else [out.resolve()]
-        )  # results of an earlier run are no pictures to segment
-        paths = [p for p in sorted(source.rglob("*")) if p.is_file() and not any(each in p.resolve().parents for each in ours)]
-        paths, root = [p for p in paths if p.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)], source
+        results = out.resolve()  # of an earlier run: no pictures to segment
+        paths = [p for p in sorted(source.rglob("*")) if p.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) and p.is_file()]
+        paths, root = [p for p in paths if results == source.resolve() or results not in p.resolve().parents], source
+    elif not source.is_file():
+        raise UsageError(f"--predict {source} is no regular file and no folder; --predict - takes raw frames from a pipe")
     if not paths:
         supported = " ".join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
         raise DataError(f"{source}: no pictures in this folder, and no videos; supported are {supported}")
@@ -1990,7 +1990,11 @@ def run_prediction(args: argparse.Namespace) -> dict:
         raise UsageError("--legend makes pictures higher, which raw frames cannot be; leave it out")
     if args.legend and args.style == "labels":
         raise UsageError("--legend names colours, which --style labels does not have; leave it out")
+    if args.scales != [1.0] or args.flip or args.window:
+        raise UsageError("--predict is of one scale; leave out --scales, --flip and --window")
     out = Path(args.out)
+    if out.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) and not out.is_dir():
+        raise UsageError(f"--out {out} is the folder that --predict writes to, not the file; give one, such as {out.parent}")
     pictures, videos = ({}, {}) if raw else find_pictures(Path(args.predict), out, args.style)
     if videos and not pictures:
         _program("ffmpeg")
@@ -2065,11 +2069,17 @@ def run_prediction(args: argparse.Namespace) -> dict:
         )
     fps = round(frames / seconds, 1) if seconds else None
     if rank == 0:
-        wrote = [f"{len(pictures)} {'overlays' if args.style == 'overlay' else args.style}"] if pictures else []
-        wrote += [f"{len(videos)} videos ({frames} frames{'' if world_size > 1 else f', {fps} a second'})"] if videos else []
+        kind = {"overlay": "overlay", "colour": "colour map", "labels": "label map"}[args.style]
+        wrote = [_counted(len(pictures), kind)] if pictures else []
+        speed = "" if world_size > 1 else f", {fps} a second"
+        wrote += [f"{_counted(len(videos), 'video')} ({_counted(frames, 'frame')}{speed})"] if videos else []
         print(f"wrote {' and '.join(wrote)} to {out}")
     result = {"images": len(pictures), "videos": len(videos), "frames": frames, "out": str(out), "style": args.style}
     return {**result, "fps": fps} if world_size == 1 else result
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _one_at_a_time(segment: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -2306,6 +2316,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--legend", action="store_true", help="also name the colours, in a strip below the picture or video")
     parser.add_argument(
         "--preset",
+        choices="ultrafast superfast veryfast faster fast medium slow slower veryslow placebo".split(),
         default="ultrafast",
         help="x264's, for video: veryfast writes files of half the size and takes three times as long to encode "
         "(default: %(default)s)",

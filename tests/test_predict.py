@@ -228,12 +228,33 @@ def test_results_below_the_folder_are_not_segmented_again(tmp_path, capsys):
         (["--predict", "{}", "--legend", "--style", "labels"], "--legend names colours"),
         (["--predict", "{}", "--strength", "1.5"], "--strength is 1.5, expected at most 1"),
         (["--predict", "{}", "--strength", "nan"], "--strength is nan, expected at most 1"),
+        (["--predict", "{}", "--scales", "0.5"], "--predict is of one scale; leave out --scales, --flip and --window"),
+        (["--predict", "{}", "--flip"], "--predict is of one scale"),
+        (["--predict", "{}", "--window", "64", "64"], "--predict is of one scale"),
+        (["--predict", "{}", "--preset", "hasty"], "argument --preset: invalid choice: 'hasty'"),
+        (["--predict", "{}", "--out", "{}/a.PNG"], "a.PNG is the folder that --predict writes to, not the file"),
+        (["--predict", "{}", "--out", "{}/a.mp4"], "a.mp4 is the folder that --predict writes to, not the file"),
     ],
 )
 def test_flags_that_do_not_go_together(tmp_path, capsys, flags, message):
     assert predict(*(flag.format(tmp_path) for flag in flags)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("count, said", [(1, "wrote 1 overlay to "), (2, "wrote 2 overlays to ")])
+def test_what_was_written_is_counted(tmp_path, capsys, count, said):
+    for i in range(count):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{i}.png")
+    assert predict("--predict", tmp_path, "--out", tmp_path / "out") == 0
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_named_pipe_is_refused(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    assert predict("--predict", tmp_path / "pipe.mp4", "--out", tmp_path / "out") == 2
+    assert "pipe.mp4 is no regular file and no folder; --predict - takes raw frames" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------------ video
