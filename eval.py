@@ -2016,7 +2016,10 @@ def run_prediction(args: argparse.Namespace) -> dict:
     if device.type != "cpu":
         segment = _one_at_a_time(segment)
     torch.set_num_threads(max(1, before // threads))
-    earlier = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # taking away what is half done
+    # What ends this takes away what is half done. Under nohup, SIGHUP is ignored, and does not.
+    hangs_up = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    ends = [signal.SIGTERM, *([signal.SIGHUP] if hangs_up else [])]
+    earlier = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in ends}
     try:
         if raw:
             if world_size > 1:
@@ -2051,7 +2054,8 @@ def run_prediction(args: argparse.Namespace) -> dict:
                     fail(error)
         for path, target in mine[1]:
             try:
-                count, spent = segment_video(path, target, segment, painter, args.preset, frame_threads, rank == 0)
+                with _blamed_on(path):
+                    count, spent = segment_video(path, target, segment, painter, args.preset, frame_threads, rank == 0)
                 frames, seconds = frames + count, seconds + spent
             except DataError as error:
                 fail(error)

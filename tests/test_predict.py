@@ -676,7 +676,7 @@ def wait_for_child(process: subprocess.Popen, which: str, out) -> int:
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_killed_in_the_middle_it_leaves_nothing_that_looks_whole(tmp_path, how):
     path = make_long_video(tmp_path)
     process = start(path, tmp_path / "out")
@@ -690,8 +690,8 @@ def test_killed_in_the_middle_it_leaves_nothing_that_looks_whole(tmp_path, how):
     left = [p.name for p in (tmp_path / "out").iterdir()]
     if how == signal.SIGINT:
         assert process.returncode == 130 and error == "eval.py: interrupted\n" and left == []
-    elif how == signal.SIGTERM:
-        assert process.returncode == 143 and error == "" and left == []
+    elif how in (signal.SIGTERM, signal.SIGHUP):
+        assert process.returncode == 128 + how and error == "" and left == []
     else:
         assert left in ([], ["long_overlay.mp4.partial"])
     for _ in range(100):  # the children of a process that was killed end by themselves, for want of a pipe
@@ -704,6 +704,19 @@ def test_killed_in_the_middle_it_leaves_nothing_that_looks_whole(tmp_path, how):
             break
         time.sleep(0.1)
     assert not alive
+
+
+@needs_ffmpeg
+def test_under_nohup_it_goes_on(tmp_path):
+    path = make_video(tmp_path / "a.mkv", 320, 192, 250, codec=("-c:v", "libx264", "-preset", "ultrafast"))
+    process = start(path, tmp_path / "out", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    try:
+        wait_for_child(process, "pipe:0", tmp_path / "out")
+        process.send_signal(signal.SIGHUP)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and error == "" and facts(tmp_path / "out/a_overlay.mp4")["frames"] == 250
 
 
 @needs_ffmpeg
