@@ -496,12 +496,12 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def nodes(port, script, argv, **options):
-    """Two torchrun agents of one process each, as on two machines."""
-    common = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test"]
-    common += [f"--rdzv_endpoint=localhost:{port}", str(script), *argv]
+def nodes(port, script, argv, processes=(1, 1), **options):
+    """Two torchrun agents of so many processes, as on two machines."""
+    common = ["-m", "torch.distributed.run", "--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=test"]
+    rest = [f"--rdzv_endpoint=localhost:{port}", str(script), *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return [kills.start([sys.executable, *common], **pipes, **options) for _ in range(2)]
+    return [kills.start([sys.executable, *common, f"--nproc_per_node={n}", *rest], **pipes, **options) for n in processes]
 
 
 def test_two_nodes_train_and_agree_on_the_resumed_step(drawn, tmp_path):
@@ -513,6 +513,14 @@ def test_two_nodes_train_and_agree_on_the_resumed_step(drawn, tmp_path):
         assert [process.returncode for process in pair] == [0, 0], outputs
     assert sum("resumed " in output for output in outputs) == 1, "process 0 alone says it"
     assert [r["step"] for r in records(tmp_path / "r", "train")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_nodes_of_one_and_of_two_processes_share_caches_of_their_own(drawn, tmp_path):
+    argv = flags(drawn, tmp_path / "r", epochs=1, batch_size=6, cache="ram")
+    pair = nodes(free_port(), ROOT / "train.py", argv, (1, 2))
+    outputs = [process.communicate(timeout=120)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    assert [r["step"] for r in records(tmp_path / "r", "train")] == [1, 2]
 
 
 def test_lost_node_ends_the_other_in_bounded_time_with_a_message(drawn, tmp_path):
