@@ -1069,6 +1069,11 @@ dd { margin: 0 }
 """
 
 
+def report_title(data: str, split: str) -> str:
+    """Named after the folder: there are other data in the layout of Cityscapes than Cityscapes."""
+    return f"Fast-SCNN on {Path(data).resolve().name}, {split}"
+
+
 def write_report(
     path: str | Path,
     title: str,
@@ -1172,7 +1177,8 @@ def write_report(
         table = f'<div class="wide"><table><tr><th></th><th>class, in %</th>{head}</tr>{"".join(rows)}</table></div>'
         body.append(f'<div class="charts">{chart}{table}</div>')
         body.append(
-            "<p>A class with - occurs neither in truth nor in prediction, and no mean counts it. Pixels: share of the labelled ones.</p>"
+            "<p>A class whose IoU is - occurs neither in truth nor in prediction, one whose iIoU is - has no instances; no mean counts them. "
+            "Pixels: share of the labelled ones.</p>"
         )
 
     body.append("<h2>Confusion matrix</h2>")
@@ -1299,7 +1305,7 @@ def report_evaluation(
         arguments["Arguments of train.py"] = checkpoint["args"]
     write_report(
         args.report,
-        f"Fast-SCNN on {args.dataset} {args.split}",
+        report_title(args.data, args.split),
         dataset.classes,
         result,
         confusion=confusion,

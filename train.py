@@ -75,6 +75,7 @@ from eval import (
     import_option,
     metrics,
     outlive_signals,
+    report_title,
     start_processes,
     write_report,
 )
@@ -953,7 +954,7 @@ def open_loader(
             if total + cache_bytes(val_set) < 0.8 * free_memory():
                 sets, total = [train_set, val_set], total + cache_bytes(val_set)
             share_ram_caches(sets, threads)
-            kinds = "to train and to validate" if len(sets) == 2 else "to train; too little memory for those to validate"
+            kinds = "of both splits" if len(sets) == 2 else "to train; too little memory for those to validate"
             notes = [f"{sum(map(len, sets))} images {kinds}, {size_text(total)}, shared by all processes"]
         check_shared_memory(args, args.batch_size // world_size)
         loader = torch.utils.data.DataLoader(
@@ -1551,7 +1552,7 @@ def main(argv: list[str] | None = None) -> int:
         if run.validated and rank == 0:
             write_report(
                 out / "report.html",
-                f"Fast-SCNN on {args.dataset} {args.val_split}",
+                report_title(args.data, args.val_split),
                 classes,
                 run.validated[0],
                 confusion=run.validated[1],
