@@ -2261,11 +2261,12 @@ def import_option(package: str, purpose: str):
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of eval.py."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", metavar="FILE", help="checkpoint of train.py, or of Tramac, SegmenTron, MMSegmentation")
-    parser.add_argument("--dataset", default="cityscapes", help="cityscapes, camvid or folder (default: %(default)s)")
-    parser.add_argument("--data", metavar="ROOT", help="the dataset's folder (default: datasets/NAME)")
-    parser.add_argument("--split", default="val", help="split to evaluate, or several joined by + (default: %(default)s)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--weights", metavar="FILE", help="checkpoint of train.py, or of Tramac, SegmenTron, MMSegmentation")
+    add("--dataset", default="cityscapes", help="cityscapes, camvid or folder (default: %(default)s)")
+    add("--data", metavar="ROOT", help="the dataset's folder (default: datasets/NAME)")
+    add("--split", default="val", help="split to evaluate, or several joined by + (default: %(default)s)")
+    add(
         "--scales",
         type=float,
         nargs="+",
@@ -2274,102 +2275,84 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="factors of the input's size, whose class probabilities are averaged at full resolution; 0.5 is the paper's half "
         "resolution (default: 1.0)",
     )
-    parser.add_argument("--flip", action="store_true", help="also average over the mirrored image")
-    parser.add_argument(
+    add("--flip", action="store_true", help="also average over the mirrored image")
+    add(
         "--window",
         type=int,
         nargs=2,
         metavar=("H", "W"),
         help="let the network see overlapping windows of this size in pixels, for images that do not fit in memory",
     )
-    parser.add_argument("--compare", action="store_true", help="also evaluate in float32, and print the difference in mIoU")
-    parser.add_argument(
-        "--submit", metavar="DIR", help="also write the predictions as label ids, for Cityscapes' evaluation server"
-    )
-    parser.add_argument("--sheet", metavar="FILE", help="also write a contact sheet: image | truth | prediction")
-    parser.add_argument("--sheet-rows", type=int, default=6, metavar="N", help="images on the sheet (default: %(default)s)")
-    parser.add_argument(
+    add("--compare", action="store_true", help="also evaluate in float32, and print the difference in mIoU")
+    add("--submit", metavar="DIR", help="also write the predictions as label ids, for Cityscapes' evaluation server")
+    add("--sheet", metavar="FILE", help="also write a contact sheet: image | truth | prediction")
+    add("--sheet-rows", type=int, default=6, metavar="N", help="images on the sheet (default: %(default)s)")
+    add(
         "--report",
         metavar="FILE",
         help="also write figures, training curves, confusion matrix and the worst images as one page, such as runs/report.html",
     )
-    parser.add_argument(
+    add(
         "--report-images",
         type=int,
         default=6,
         metavar="N",
         help="worst images on it, by pixel accuracy, at most 25 (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--predict",
         metavar="PATH",
         help="segment this picture or video, or all below this folder, instead; - takes raw RGB frames of --size from stdin, "
         "3 bytes a pixel, for --out -; video needs the program ffmpeg",
     )
-    parser.add_argument(
+    add(
         "--out",
         default="runs/predictions",
         metavar="DIR",
         help="where --predict writes (default: %(default)s); - writes the raw frames of --predict - to stdout, and what is "
         "printed, the JSON line too, to stderr",
     )
-    parser.add_argument(
+    add(
         "--style",
         choices=STYLES,
         default="overlay",
         help="what --predict writes: colours laid over the image; colours alone; or train ids, 8 bits a pixel, without loss "
         "(PNG, FFV1 in MKV) (default: %(default)s)",
     )
-    parser.add_argument(
-        "--strength", type=float, default=0.55, help="of the colours of an overlay, 0 to 1 (default: %(default)s)"
-    )
-    parser.add_argument("--legend", action="store_true", help="also name the colours, in a strip below the picture or video")
-    parser.add_argument(
+    add("--strength", type=float, default=0.55, help="of the colours of an overlay, 0 to 1 (default: %(default)s)")
+    add("--legend", action="store_true", help="also name the colours, in a strip below the picture or video")
+    add(
         "--preset",
         choices="ultrafast superfast veryfast faster fast medium slow slower veryslow placebo".split(),
         default="ultrafast",
         help="x264's, for video: veryfast writes files of half the size and takes three times as long to encode "
         "(default: %(default)s)",
     )
-    parser.add_argument(
-        "--export", metavar="FILE", help="write the network as FILE.onnx or FILE.pt2 for other runtimes instead"
-    )
-    parser.add_argument(
-        "--export-output", choices=("labels", "logits"), default="labels", help="what it gives (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--export-weights", metavar="FILE", help="write the weights under the names of another project instead, given by --as"
-    )
-    parser.add_argument(
-        "--as", dest="as_variant", choices=[name for name in VARIANTS if name != "paper"], help="which, for --export-weights"
-    )
-    parser.add_argument("--benchmark", action="store_true", help="measure the latency instead; needs no weights")
-    parser.add_argument(
-        "--variant", choices=VARIANTS, default="paper", help="network of a --benchmark without weights (default: %(default)s)"
-    )
-    parser.add_argument(
+    add("--export", metavar="FILE", help="write the network as FILE.onnx or FILE.pt2 for other runtimes instead")
+    add("--export-output", choices=("labels", "logits"), default="labels", help="what it gives (default: %(default)s)")
+    add("--export-weights", metavar="FILE", help="write the weights under the names of another project instead, given by --as")
+    add("--as", dest="as_variant", choices=[name for name in VARIANTS if name != "paper"], help="which, for --export-weights")
+    add("--benchmark", action="store_true", help="measure the latency instead; needs no weights")
+    add("--variant", choices=VARIANTS, default="paper", help="network of a --benchmark without weights (default: %(default)s)")
+    add(
         "--size",
         type=int,
         nargs=2,
         metavar=("H", "W"),
         help="pixels, for --benchmark (default: the paper's three sizes) and --predict -",
     )
-    parser.add_argument(
-        "--against", nargs="+", choices=RUNTIMES, default=[], help="other runtimes to time on the same input, for --benchmark"
-    )
-    parser.add_argument("--stages", action="store_true", help="also time the parts of the network, for --benchmark")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at once, for --benchmark")
-    parser.add_argument(
-        "--repeats", type=int, default=20, metavar="N", help="timed runs, for --benchmark (default: %(default)s)"
-    )
-    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="untimed runs before (default: %(default)s)")
-    parser.add_argument(
+    add("--against", nargs="+", choices=RUNTIMES, default=[], help="other runtimes to time on the same input, for --benchmark")
+    add("--stages", action="store_true", help="also time the parts of the network, for --benchmark")
+    add("--batch-size", type=int, default=1, metavar="N", help="images at once, for --benchmark")
+    add("--repeats", type=int, default=20, metavar="N", help="timed runs, for --benchmark (default: %(default)s)")
+    add("--warmup", type=int, default=3, metavar="N", help="untimed runs before (default: %(default)s)")
+    add(
         "--amp",
         choices=PRECISIONS,
         help="precision of the network (default: off, float32, to evaluate; else auto, the fastest)",
     )
-    parser.add_argument("--device", help="cpu, cuda, ... (default: the machine's accelerator, or else the CPU)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="decoding processes (default: %(default)s)")
+    add("--device", help="cpu, cuda, ... (default: the machine's accelerator, or else the CPU)")
+    add("--workers", type=int, default=2, metavar="N", help="decoding processes (default: %(default)s)")
     return parser
 
 
@@ -2379,18 +2362,14 @@ def main(argv: list[str] | None = None) -> None:
     args.data = args.data or f"datasets/{args.dataset}"
     if not args.weights and not args.benchmark:
         raise UsageError("--weights FILE is missing; train.py writes runs/checkpoints/best_model.pth")
-    check_bounds(
-        args,
-        {
-            "workers": (0, 1024),
-            "sheet_rows": (1, 10**4),
-            "report_images": (0, 25),
-            "batch_size": (1, 10**6),
-            "repeats": (1, 10**6),
-            "warmup": (0, 10**6),
-            "strength": (0, 1),
-        },
-    )
+    bounds = {
+        "workers": (0, 1024),
+        "sheet_rows": (1, 10**4),
+        "report_images": (0, 25),
+        "warmup": (0, 10**6),
+        "strength": (0, 1),
+    }
+    check_bounds(args, {**bounds, "batch_size repeats": (1, 10**6)})
     if not all(0 < scale <= MAX_SCALE for scale in args.scales):  # nor is nan
         raise UsageError(
             f"--scales are {' '.join(map(str, args.scales))}, expected factors above 0, at most {MAX_SCALE}, such as 0.75 1.0 1.25"
