@@ -1620,10 +1620,9 @@ def probe(path: Path) -> dict:
         command = ["ffprobe", "-v", "quiet", *_local(path), "-show_entries", *entries]
         return subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL).stdout
 
-    wanted = (
-        "stream=codec_type,codec_name,pix_fmt,height,r_frame_rate,avg_frame_rate,start_time,duration,nb_frames,color_space,"
-    )
-    wanted += "color_primaries,color_transfer,sample_rate:stream_disposition=attached_pic:format=start_time,duration"
+    wanted = "stream=codec_type,codec_name,sample_rate,r_frame_rate,avg_frame_rate,start_time,duration,nb_frames,field_order,"
+    wanted += "height,pix_fmt,color_space,color_primaries,color_transfer:"
+    wanted += "stream_disposition=attached_pic:format=start_time,duration"
     try:
         facts = json.loads(ask(wanted, "-of", "json"))
     except ValueError:
@@ -1631,7 +1630,8 @@ def probe(path: Path) -> dict:
     streams, whole = facts.get("streams", []), facts.get("format", {})
     of_video = [s for s in streams if s.get("codec_type") == "video" and not s.get("disposition", {}).get("attached_pic")]
     video = of_video[0] if of_video else {}
-    if video and "nb_frames" not in video:
+    interlaced = video.get("field_order", "unknown") not in ("progressive", "unknown")  # a packet may then be half a frame
+    if video and "nb_frames" not in video and not interlaced:
         # The average rate is then but what the container promises, or that of the first seconds. A time that occurs twice is of
         # a packet without a frame (VP8 has such); a step back, or of more than 10 s, is a break, as ffmpeg takes it.
         listing = ask("packet=dts_time", "-select_streams", "V:0", "-of", "csv=p=0")

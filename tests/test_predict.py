@@ -370,6 +370,19 @@ def test_packets_without_a_frame_do_not_make_frames_irregular(tmp_path):
     assert (written["frames"], written["rate"]) == (120, 30)
 
 
+@pytest.mark.parametrize("field_order, rate", [("tt", "25/1"), ("progressive", "50")])
+def test_the_packets_of_interlaced_video_may_be_fields(tmp_path, monkeypatch, field_order, rate):
+    """As in broadcasts (H.264, PAFF), which no encoder here writes: what ffprobe says of them is written out."""
+    video = {"codec_type": "video", "field_order": field_order, "r_frame_rate": "50/1", "avg_frame_rate": "25/1"}
+    (tmp_path / "facts").write_text(json.dumps({"streams": [video]}))
+    (tmp_path / "packets").write_text("\n".join(f"{0.02 * i:.6f}" for i in range(100)))
+    fake = tmp_path / "ffprobe"
+    fake.write_text(f'#!/bin/sh\ncase "$*" in *packet=*) cat {tmp_path}/packets;; *) cat {tmp_path}/facts;; esac\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert evaluation.probe(tmp_path / "a.ts")["avg_frame_rate"] == rate
+
+
 @needs_ffmpeg
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm", "avi", "ts", "mpg", "flv", "ogv", "wmv", "y4m"])
 def test_frames_at_a_constant_rate_are_each_taken_once(tmp_path, capsys, suffix):
