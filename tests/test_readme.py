@@ -28,6 +28,7 @@ PROGRAMS = {"train.py": train.main, "eval.py": evaluation.main, "data.py": data.
 ELSEWHERE = {
     "bash run.sh": "CI's own job; minutes",
     "bash run.sh test": "this suite",
+    "python3 -m venv cpu && . cpu/bin/activate": "needs a network",
     "python tests/kills.py --kills 50 --seed 1": "tests/test_reliability.py runs what it runs",
     "python tests/kills.py --kills 20 --processes 2 --seed 2": "the same",
     "python tests/fuzz.py --count 20000 --only images labels classes": "tests/test_fuzz.py runs less of it",
@@ -52,6 +53,7 @@ def project(tmp_path, drawn, folder_dataset, monkeypatch):
         if path.name not in (".git", ".venv", "runs", "datasets"):
             (home / path.name).symlink_to(path)
     shutil.copytree(drawn, home / "datasets/cityscapes")
+    shutil.copytree(drawn, home / "datasets/streets")
     for kind in ("leftImg8bit", "gtFine"):
         shutil.copytree(drawn / kind / "val", home / "datasets/cityscapes" / kind / "test")
     rng = np.random.default_rng(0)
@@ -142,7 +144,7 @@ def test_flags_in_the_text_are_flags():
     known = set()
     for parser in (train.get_args_parser(), evaluation.get_args_parser()):
         known |= {flag for action in parser._actions for flag in action.option_strings}
-    others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max-restarts", "--shm-size"}
+    others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max-restarts", "--index-url"}
     others |= {"--help", "--sheet", "--splits", "--rows", "--kills", "--processes", "--count", "--only", "--seed"}
     unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) - known - others
     assert not unknown
