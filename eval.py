@@ -57,6 +57,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
+    CAMVID,
     CITYSCAPES,
     CITYSCAPES_LABEL_IDS,
     IGNORE,
@@ -1232,11 +1233,13 @@ def run_evaluation(args: argparse.Namespace) -> dict:
     averaged = args.scales != [1.0] or args.flip or args.window
     if args.compare and averaged:
         raise UsageError("--compare is of one scale; leave out --scales, --flip and --window")
-    if args.submit and args.dataset != "cityscapes":
-        raise UsageError(f"--submit writes Cityscapes' label ids, which {args.dataset} does not have")
     if args.report and Path(args.report).suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--report {args.report} has the suffix {Path(args.report).suffix!r}, expected .html")
     checkpoint = read_checkpoint(args.weights)
+    args.dataset = args.dataset or dataset_of(checkpoint)
+    args.data = args.data or f"datasets/{args.dataset}"
+    if args.submit and args.dataset != "cityscapes":
+        raise UsageError(f"--submit writes Cityscapes' label ids, which {args.dataset} does not have")
     dataset = open_dataset(args.dataset, args.data, args.split)
     classes = dataset.classes
     model = build_from_checkpoint(checkpoint, args.weights, num_classes=len(classes.names))
@@ -1290,6 +1293,13 @@ def run_evaluation(args: argparse.Namespace) -> dict:
             print(f"wrote {args.report}")
     protocol = {"scales": args.scales, "flip": args.flip, "window": args.window}
     return {"dataset": args.dataset, "split": args.split, "images": len(dataset), **protocol, **result}
+
+
+def dataset_of(checkpoint: dict) -> str:
+    """The dataset that has a checkpoint's classes; Cityscapes where it names none, as other projects' files do."""
+    names = checkpoint.get("classes", {}).get("names")
+    known = {"cityscapes": CITYSCAPES, "camvid": CAMVID}
+    return next((name for name, classes in known.items() if names in (None, list(classes.names))), "folder")
 
 
 def report_evaluation(
@@ -2263,7 +2273,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--weights", metavar="FILE", help="checkpoint of train.py, or of Tramac, SegmenTron, MMSegmentation")
-    add("--dataset", default="cityscapes", help="cityscapes, camvid or folder (default: %(default)s)")
+    add("--dataset", help="cityscapes, camvid or folder (default: the one of the weights' classes)")
     add("--data", metavar="ROOT", help="the dataset's folder (default: datasets/NAME)")
     add("--split", default="val", help="split to evaluate, or several joined by + (default: %(default)s)")
     add(
@@ -2359,7 +2369,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Runs the mode that the command line asks for."""
     args = get_args_parser().parse_args(argv)
-    args.data = args.data or f"datasets/{args.dataset}"
     if not args.weights and not args.benchmark:
         raise UsageError("--weights FILE is missing; train.py writes runs/checkpoints/best_model.pth")
     bounds = {

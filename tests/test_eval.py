@@ -242,6 +242,20 @@ def test_error_in_a_loader_process_is_one_line_too(weights, folder_dataset, tmp_
     assert done.stderr.count("\n") == 1 and "labels/val/1.png: label value 99 is outside" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "classes, name", [(None, "cityscapes"), (CITYSCAPES, "cityscapes"), (CAMVID, "camvid"), (THREE, "folder")]
+)
+def test_dataset_is_that_of_the_weights_classes(tmp_path, monkeypatch, capsys, classes, name):
+    monkeypatch.chdir(tmp_path)
+    model = FastSCNN(len(classes.names) if classes else 19)
+    named = {"classes": classes.to_dict()} if classes else {}
+    torch.save({"model": model.state_dict(), "model_args": model.args, **named}, "w.pth")
+    assert exit_status("eval.py", lambda: evaluation.main(["--weights", "w.pth"])) == 2
+    assert f"datasets/{name}: no such folder" in capsys.readouterr().err
+    assert exit_status("eval.py", lambda: evaluation.main(["--weights", "w.pth", "--dataset", "camvid"])) == 2
+    assert "datasets/camvid: no such folder" in capsys.readouterr().err
+
+
 def test_faults_keep_their_traceback():
     def broken():
         raise RuntimeError("a fault of the program")
