@@ -664,8 +664,12 @@ def start(path, out, *flags, **kwargs) -> subprocess.Popen:
     command = command_of(path, out, *flags)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # As from a terminal: what a shell starts in the background ignores Ctrl-C, and so would what it starts in turn.
-    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def as_from_a_terminal():  # in the background a shell ignores Ctrl-C, as nohup does SIGHUP, and so would what is started here
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    pipes["preexec_fn"] = as_from_a_terminal
     return subprocess.Popen(list(map(str, command)), env=environment, cwd=ROOT, **{**pipes, **kwargs})
 
 
