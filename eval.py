@@ -1177,8 +1177,9 @@ def write_report(
         head = "".join(f"<th>{title}</th>" for title in titles)
         table = f'<div class="wide"><table><tr><th></th><th>class, in %</th>{head}</tr>{"".join(rows)}</table></div>'
         body.append(f'<div class="charts">{chart}{table}</div>')
+        instances = ", one whose iIoU is - has no instances" if "class_iiou" in result else ""
         body.append(
-            "<p>A class whose IoU is - occurs neither in truth nor in prediction, one whose iIoU is - has no instances; no mean counts them. "
+            f"<p>A class whose IoU is - occurs neither in truth nor in prediction{instances}; no mean counts it. "
             "Pixels: share of the labelled ones.</p>"
         )
 
