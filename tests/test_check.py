@@ -221,7 +221,8 @@ def test_a_reader_that_goes_away_and_ctrl_c_leave_no_traceback(folder_dataset):
     for i in range(2, 300):
         for kind in ("images", "labels"):
             (folder_dataset / kind / f"train/{i}.png").symlink_to("0.png")
-    slow = "import data, sys, time\ndef read(path, real=data.read_image):\n print('read', flush=True); time.sleep(0.2)\n return real(path)"
+    # In one write each: two threads' print would mix text and ends of lines.
+    slow = "import data, os, sys, time\ndef read(path, real=data.read_image):\n os.write(1, b'read\\n'); time.sleep(0.2)\n return real(path)"
     code = f"{slow}\ndata.read_image = read; sys.exit(data.main(['check', {str(folder_dataset)!r}]))"
     handler = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
     process = subprocess.Popen(
