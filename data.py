@@ -402,6 +402,15 @@ def read_image(path: str | Path) -> Image.Image:
         return image if turn is None else image.transpose(turn)
 
 
+def writable_as_picture(path: Path) -> bool:
+    """Whether Pillow writes RGB in the format of the suffix; some formats it only reads, or writes in black and white."""
+    try:
+        Image.new("RGB", (64, 64)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
+    except (KeyError, OSError, ValueError):
+        return False
+    return True
+
+
 def read_size(path: str | Path) -> tuple[int, int]:
     """Width and height of the image that `read_image` gives, without decoding it. Raises DataError where it is no image."""
     with _opened(path, checked=False) as (image, _):
@@ -1352,8 +1361,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise DataError(f"{root}: no such folder; give the dataset's folder as ROOT")
         if args.rows < 1:
             raise DataError(f"--rows is {args.rows}, expected at least 1")
-        if args.sheet:
-            _check_sheet(Path(args.sheet))
+        if args.sheet and not writable_as_picture(Path(args.sheet)):
+            raise DataError(f"--sheet {args.sheet} has no suffix of an image format that can be written; give e.g. sheet.png")
         report = check(args.dataset, root, args.splits, args.sheet, args.rows)
         _print_report(report)
         if args.sheet:
@@ -1375,16 +1384,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("data.py: interrupted", file=sys.stderr)
         return 130
-
-
-def _check_sheet(path: Path) -> None:
-    """Raises DataError for a file name whose suffix is of no format that Pillow writes RGB images in."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    try:
-        Image.new("RGB", (8, 8)).save(io.BytesIO(), kind or "")
-    except (KeyError, OSError, ValueError):
-        what = f"the suffix {path.suffix!r}, which no image is written in" if path.suffix else "no suffix of an image format"
-        raise DataError(f"--sheet {path} has {what}; give e.g. sheet.png") from None
 
 
 if __name__ == "__main__":

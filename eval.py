@@ -70,6 +70,7 @@ from data import (
     normalise,
     open_dataset,
     read_image,
+    writable_as_picture,
 )
 from model import MIN_SIZE, VARIANTS, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint, save_for_peer
 from ops_ext import accelerate, confusion_matrix, overlay_plane, yuv420_to_rgb
@@ -576,15 +577,6 @@ def colour_map(label: np.ndarray, classes: Classes) -> Image.Image:
 def overlay(image: Image.Image, label: np.ndarray, classes: Classes, strength: float = 0.55) -> Image.Image:
     """The image with its label map in colours laid over it."""
     return Image.blend(image, colour_map(label, classes), strength)
-
-
-def writable_as_picture(path: Path) -> bool:
-    """Whether Pillow writes RGB in the format of the suffix; some formats it only reads, or writes in black and white."""
-    try:
-        Image.new("RGB", (64, 64)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
-    except (KeyError, OSError, ValueError):
-        return False
-    return True
 
 
 class ContactSheet:
