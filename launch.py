@@ -1,0 +1,123 @@
+"""What every script begins with: device, process group, exit status; and what depends on the kind of accelerator."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}  # --amp, for torch.autocast
+
+
+class UsageError(ValueError):
+    """Arguments that contradict each other or do not fit this machine; the message says which and what to change."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse that reports a wrong command line in one line."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message}; --help lists all flags")
+
+
+def exit_status(main: Callable[[], int | None], errors: tuple[type[Exception], ...] = ()) -> int:
+    """Runs `main` and returns the exit status of the process: what `main` returned, or else 0.
+
+    UsageError, OSError, too little memory and the given `errors` are the user's to mend: one line on stderr and status 2. Other
+    exceptions are faults of the program and keep their traceback.
+    """
+    try:
+        status, line = main() or 0, ""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        status, line = 130, "interrupted"
+    except (UsageError, OSError, MemoryError, torch.OutOfMemoryError, *errors) as error:
+        # An error from a DataLoader's worker has that worker's traceback as its message; the last line is the error's own.
+        last_line = (str(error).strip() or repr(error)).splitlines()[-1]
+        status, line = 2, last_line.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+    except Exception:
+        status, line = 1, traceback.format_exc()
+    rank = os.environ.get("RANK", "0")
+    if line:
+        if rank != "0" and not dist.is_initialized():
+            time.sleep(10)  # process 0 has met the same error: it reports it, and torchrun ends the others meanwhile
+        print(
+            f"{os.path.basename(sys.argv[0])}{f' [rank {rank}]' * (rank != '0')}: {line}", file=sys.stderr, flush=True
+        )
+    if dist.is_initialized():  # after an error Gloo's threads may still be in a collective, and abort a normal exit
+        sys.stdout.flush()
+        os._exit(status)
+    return status
+
+
+def start_processes(device_name: str | None = None, timeout_minutes: float = 30) -> tuple[torch.device, int, int]:
+    """Device, rank and world size of this process, after it has joined the others that torchrun started.
+
+    device_name is "cpu", "cuda:1", ..., or None for the machine's accelerator, or the CPU where there is none. Raises UsageError
+    for a device that is not there, or fewer devices than processes.
+    """
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if device_name is not None:
+        kind, _, index = device_name.partition(":")
+        if kind not in ("cpu", device.type) or not (index.isdigit() or index == ""):
+            raise UsageError(f"--device {device_name} is not available; this machine has {device.type}")
+        if index and "RANK" in os.environ:
+            raise UsageError(f"--device {device_name} puts all processes on one device; use --device {kind}")
+        device = torch.device(device_name)
+    if device.type != "cpu":
+        index = device.index or int(os.environ.get("LOCAL_RANK", 0))
+        if index >= torch.accelerator.device_count():
+            raise UsageError(f"{device.type}:{index} does not exist; start one process per device, or use --device cpu")
+        device = torch.device(device.type, index)
+        torch.accelerator.set_device_index(index)
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    dist.init_process_group(dist.get_default_backend_for_device(device), timeout=timedelta(minutes=timeout_minutes))
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def gathered(share: list, world_size: int) -> list:
+    """The lists of all processes, joined in the order of their ranks; every process gets the same."""
+    shares = [share] * world_size
+    if world_size > 1:
+        dist.all_gather_object(shares, share)
+    return [item for each in shares for item in each]
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """channels_last where the device has it, else contiguous (NPUs)."""
+    try:
+        torch.empty(1, 1, 1, 1, device=device, memory_format=torch.channels_last)
+    except RuntimeError:
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def ignore_interrupts(_worker_id: int) -> None:
+    """worker_init_fn of a DataLoader: Ctrl-C and SIGTERM reach its workers too, but only the main process acts on them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # in 5 s the main process has saved; where it is gone, this one ends too
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
+
+
+def name_of(device: torch.device) -> str:
+    """The device's name as PyTorch knows it, else its type."""
+    return getattr(torch.get_device_module(device), "get_device_name", lambda device: device.type)(device)
+
+
+def import_option(package: str, purpose: str):
+    """Imports an optional package; UsageError where it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UsageError(f"{purpose} needs the package {package}: pip install {package}") from None
