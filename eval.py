@@ -32,11 +32,10 @@ from data import (
     CITYSCAPES,
     CITYSCAPES_LABEL_IDS,
     IGNORE,
-    MEAN,
-    STD,
     Classes,
     DataError,
     SegmentationDataset,
+    ignore_interrupts,
     normalise,
     open_dataset,
 )
@@ -46,7 +45,6 @@ from launch import (
     UsageError,
     exit_status,
     gathered,
-    ignore_interrupts,
     memory_format,
     start_processes,
 )
@@ -401,7 +399,7 @@ def make_segment(args: argparse.Namespace, model: FastSCNN, device: torch.device
         raise UsageError(f"--window {args.window[0]} {args.window[1]}: expected at least {MIN_SIZE} pixels each")
     precision = fast_precision(device) if args.amp == "auto" else AMP_DTYPES[args.amp] or torch.float32
     if args.scales == [1.0] and not args.flip and not args.window:
-        return accelerate(model, device=device, precision=precision, mean=MEAN, std=STD)
+        return accelerate(model, device=device, precision=precision)
     return AveragedNetwork(model, device, args.scales, args.flip, precision, args.window)
 
 

@@ -47,14 +47,18 @@ def exit_status(main: Callable[[], int | None], errors: tuple[type[Exception], .
         status, line = 2, last_line.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
     except Exception:
         status, line = 1, traceback.format_exc()
-    rank = os.environ.get("RANK", "0")
+    rank, alone = os.environ.get("RANK", "0"), not dist.is_initialized()
     if line:
-        if rank != "0" and not dist.is_initialized():
-            time.sleep(10)  # process 0 has met the same error: it reports it, and torchrun ends the others meanwhile
+        # One process has met the cause: the others, and before they meet all but rank 0, wait here for torchrun to end them.
+        if (alone and rank != "0") or (not alone and status == 1):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
         print(
             f"{os.path.basename(sys.argv[0])}{f' [rank {rank}]' * (rank != '0')}: {line}", file=sys.stderr, flush=True
         )
-    if dist.is_initialized():  # after an error Gloo's threads may still be in a collective, and abort a normal exit
+    if (
+        dist.is_initialized()
+    ):  # after an error Gloo's threads may still be in a collective, and would abort a normal exit
         sys.stdout.flush()
         os._exit(status)
     return status
@@ -101,13 +105,6 @@ def memory_format(device: torch.device) -> torch.memory_format:
     except RuntimeError:
         return torch.contiguous_format
     return torch.channels_last
-
-
-def ignore_interrupts(_worker_id: int) -> None:
-    """worker_init_fn of a DataLoader: Ctrl-C and SIGTERM reach its workers too, but only the main process acts on them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # in 5 s the main process has saved; where it is gone, this one ends too
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
 
 
 def name_of(device: torch.device) -> str:
