@@ -21,7 +21,9 @@ import json
 import math
 import mmap
 import os
+import pickle
 import re
+import signal
 import stat
 import struct
 import sys
@@ -38,6 +40,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import ExifTags, Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 
@@ -73,6 +76,12 @@ class Classes:
         palette = np.zeros((256, 3), np.uint8)
         palette[: len(self.colours)] = self.colours
         return palette
+
+    def colour_map(self, label: np.ndarray) -> Image.Image:
+        """(H, W) uint8 train ids -> RGB image in the classes' colours; ignored pixels are black."""
+        image = Image.frombuffer("P", label.shape[::-1], np.ascontiguousarray(label), "raw", "P", 0, 1)
+        image.putpalette(self.palette().tobytes())
+        return image.convert("RGB")
 
     def to_dict(self) -> dict[str, list]:
         """Plain types, for checkpoints and JSON."""
@@ -643,6 +652,12 @@ class SegmentationDataset(torch.utils.data.Dataset):
             raise DataError(f"{sample.label}: {sizes}; give both the same size")
         return image, label
 
+    def read_label(self, index: int) -> np.ndarray:
+        """(H, W) uint8 train ids."""
+        if self.cache:
+            return self.cache[index][1]
+        return np.asarray(read_label(self.samples[index].label, self.table, self.classes))
+
     def read_instances(self, index: int) -> Tensor:
         """(H, W) int64 map of the single objects of a Cityscapes image: 1000 x train id + number, -1 elsewhere."""
         sample = self.samples[index]
@@ -1077,6 +1092,27 @@ def _resize_weights(centres: Tensor, size: int, valid: Tensor, reach: Tensor) ->
     return (weights / weights.sum(-1, keepdim=True)).nan_to_num_()
 
 
+def cache_in_ram(datasets: Sequence[SegmentationDataset]) -> str:
+    """Gives datasets a RamCache, decoded by the first process of each machine, mapped by its others; returns a line for the log.
+
+    Datasets after the first are cached where memory is left for them. Under torchrun all processes call this.
+    """
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    caches: list[RamCache] = []
+    if local_rank == 0:
+        sizes = np.cumsum([cache_bytes(dataset) for dataset in datasets])
+        fitting = max(1, int((sizes < 0.8 * free_memory()).sum()))
+        caches = [RamCache(dataset, os.cpu_count() or 1) for dataset in datasets[:fitting]]
+    if dist.is_initialized():
+        pickled: list = [None] * dist.get_world_size()
+        dist.all_gather_object(pickled, pickle.dumps(caches))  # as bytes: only processes of one machine can unpickle them
+        caches = caches or pickle.loads(pickled[rank - local_rank])
+    for dataset, cache in zip(datasets, caches):
+        dataset.cache = cache
+    size = sum(int(cache.ends[-1]) for cache in caches)
+    return f"cache ram: {len(caches)} of {len(datasets)} splits, {size_text(size)}, shared by the processes of a machine"
+
+
 # ------------------------------------------------------------------------------------------------------------------ order
 
 
@@ -1133,6 +1169,31 @@ class TrainBatches(torch.utils.data.Sampler):
         rng = np.random.default_rng(seed)
         rounds = -(-len(self) * batch // len(indices))
         return np.concatenate([rng.permutation(indices) for _ in range(rounds)])
+
+
+def ignore_interrupts(_worker_id: int) -> None:
+    """worker_init_fn of a DataLoader: Ctrl-C and SIGTERM reach its workers too, but only the main process acts on them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # in 5 s the main process has saved; where it is gone, this one ends too
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
+
+
+def train_loader(
+    dataset: SegmentationDataset, batch_size: int, *, workers: int = 0, seed: int = 0, rank: int = 0, world_size: int = 1
+) -> torch.utils.data.DataLoader:
+    """This process's share of augmented batches: (N, H, W, 3) uint8 RGB and (N, H, W) uint8 train ids.
+
+    Its batch_sampler is a TrainBatches, whose `set_epoch` is to be called before each epoch.
+    """
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=TrainBatches(len(dataset), batch_size, seed=seed, rank=rank, world_size=world_size),
+        num_workers=workers,
+        pin_memory=torch.accelerator.is_available(),
+        persistent_workers=workers > 0,
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),  # without its own, it would draw from the random numbers of the training
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- own data

@@ -49,8 +49,7 @@ from launch import (
     start_processes,
 )
 from model import MIN_SIZE, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint
-from ops_ext import _fast_precision as fast_precision
-from ops_ext import accelerate
+from ops_ext import accelerate, fast_precision
 
 # ------------------------------------------------------------------------------------------------------------ predictions
 

@@ -32,6 +32,7 @@ __all__ = [
     "accelerate",
     "confusion_matrix",
     "confusion_matrix_reference",
+    "fast_precision",
     "implementations",
     "overlay_plane",
     "overlay_plane_reference",
@@ -473,7 +474,7 @@ def accelerate(
     mean, std = ([float(value) for value in each] for each in (mean, std))
     fused = _fused(model, precision, mean, std) if device.type == "cpu" else None
     if precision is None:
-        precision = _fast_precision(device) if fused is None else torch.bfloat16 if fused.half else torch.float32
+        precision = fast_precision(device) if fused is None else torch.bfloat16 if fused.half else torch.float32
     run = fused or _in_pytorch(model, device, precision, mean, std)
     if device.type == "cuda":
         run = Recorded(run)
@@ -544,7 +545,8 @@ def _agree(scores: Tensor, expected: Tensor, half: bool) -> bool:
     return bool((scores.float() - expected).norm() <= (0.05 if half else 1e-3) * expected.norm())
 
 
-def _fast_precision(device: torch.device) -> torch.dtype:
+def fast_precision(device: torch.device) -> torch.dtype:
+    """What a device multiplies fastest: bfloat16 where it does so natively, else float16 on a GPU, else float32."""
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
