@@ -62,8 +62,8 @@ UNFINISHED = "unfinished_epoch.pth"  # a checkpoint within an epoch; those at th
 STOPPED = 75  # exit status after a signal, once everything is saved: EX_TEMPFAIL, try again
 
 # What --recipe sets for each dataset; flags on the command line take precedence. "paper" is section 4.1. "best" is, for
-# CamVid and small data of one's own, what tests/benchmarks/recipes.py measured on CamVid, and for Cityscapes what others
-# have measured: MMSegmentation's batch, rate and photometric distortion, and an average of the weights.
+# CamVid and small data of one's own, what tests/benchmarks/recipes.py measured on CamVid; for Cityscapes, what others
+# measured: MMSegmentation's batch, rate and photometric distortion, and an average of the weights.
 # fmt: off
 PAPER = {"batch_size": 12, "base_lr": 0.045, "epochs": 1000, "scale_range": [0.5, 2.0]}
 SMALL = {
@@ -137,8 +137,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--aux-weight", type=number(float, 0), default=0.4, metavar="W",
         help="of each of the two auxiliary losses; 0 trains without (default: %(default)s)")
     add("--class-balance", type=number(float, 0), default=0.0, metavar="POWER",
-        help="weight classes by their share of the pixels to the power of -POWER, which falls to a quarter of it over the "
-        "run; 0.5 where rare classes matter (default: %(default)s)")
+        help="weight classes by their share of the pixels to the power of -POWER, such as 0.5; it falls to a quarter of that "
+        "during the run (default: %(default)s)")
     add("--ohem", type=number(float, 0, 0.99), default=0.0, metavar="P",
         help="main loss over pixels whose true class has a probability below P, at least a sixteenth of all; 0 for all")
     add("--ema", type=number(float, 0, 0.99999), default=0.0, metavar="DECAY",
@@ -151,7 +151,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cpu, cuda, ... (default: the machine's accelerator, else the CPU)")
     add("--amp", choices=("auto", *AMP_DTYPES), default="auto", help="precision; auto is what the hardware is fast at")
-    add("--loss-scale", type=loss_scale, default="dynamic", metavar="{dynamic,128,...}", help="of fp16 (default: dynamic)")
+    add("--loss-scale", type=loss_scale, default="dynamic", metavar="{dynamic,128,...}", help="for fp16")
 
     add = parser.add_argument_group("output").add_argument
     add("--out", default="runs", metavar="DIR", help="folder of checkpoints and logs (default: %(default)s)")
@@ -442,7 +442,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, datasets: Datasets, device: torch.device, rank: int, world_size: int):
         self.args, self.device, self.rank, self.world_size = args, device, rank, world_size
         self.train_set, self.val_set = train_set, _ = datasets
-        self.best_miou, self.notes, self.class_weights = -1.0, [], None
+        self.best_miou, self.skipped_in_a_row, self.class_weights, self.notes = -1.0, 0, None, []
         if args.cache == "ram":
             self.notes.append(cache_in_ram(datasets))
         self.loader = train_loader(
@@ -475,7 +475,9 @@ class Run:
         if args.amp == "auto":
             precision = fast_precision(device)
             args.amp = next((name for name, dtype in AMP_DTYPES.items() if dtype == precision), "off")
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=fixed_scale(args) or 65536.0)
+        # In bf16 and float32 the scaler only skips steps; None where the scale follows the gradients.
+        self.fixed_scale = 1.0 if args.amp != "fp16" else None if args.loss_scale == "dynamic" else args.loss_scale
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=self.fixed_scale or 65536.0)
 
     def description(self) -> list[str]:
         """The first lines of a log: everything that decides what this run will do."""
@@ -565,34 +567,21 @@ def train_step(run: Run, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor
     options = {"class_weights": run.class_weights, "aux_weight": args.aux_weight, "ohem": args.ohem}
     loss = segmentation_loss(outputs, target, run.model.align_corners, run.world_size, **options)
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(
-        loss * run.world_size
-    ).backward()  # DDP averages the gradients; the loss is a sum over the processes
+    run.scaler.scale(loss * run.world_size).backward()  # DDP averages over the processes, where the loss is a sum
     gradients = [parameter.grad for parameter in run.model.parameters() if parameter.grad is not None]
     finite = torch.nn.utils.get_total_norm(gradients).isfinite()  # the same in all processes, as the gradients are
     run.scaler.step(run.optimizer)  # which the scaler skips where a gradient is not finite
-    run.scaler.update(fixed_scale(args))
+    run.scaler.update(run.fixed_scale)
     torch.where(finite, run.statistics, statistics, out=run.statistics)
     if run.average:
         run.average.update()
     return loss.detach(), finite
 
 
-def fixed_scale(args: argparse.Namespace) -> float | None:
-    """Factor of the loss; None where it follows the gradients. In bf16 and float32 the scaler only skips steps."""
-    if args.amp != "fp16":
-        return 1.0
-    return None if args.loss_scale == "dynamic" else args.loss_scale
-
-
 def train_one_epoch(run: Run, epoch: int, first: int, log: Log, signals: Signals) -> int:
     """One pass over the loader, from its batch `first` on; epochs count from 1.
 
-    Returns what `Signals.after_step` says after the last step.
-
-    Raises:
-        UsageError: MAX_SKIPPED steps in a row had gradients that are not finite; noticed at a log line.
-        Stopped: a signal ended the epoch; its steps are saved.
+    Returns what `Signals.after_step` says after the last step. Raises Stopped where it asks for that earlier.
     """
     args, steps_per_epoch = run.args, run.steps_per_epoch
     run.ddp.train()
@@ -601,26 +590,19 @@ def train_one_epoch(run: Run, epoch: int, first: int, log: Log, signals: Signals
         power = args.class_balance * (1 - 0.75 * (epoch - 1) / max(1, args.epochs - 1))
         run.class_weights = class_weights(run.shares, power).to(run.device)
     step, total_steps = (epoch - 1) * steps_per_epoch + first, args.epochs * steps_per_epoch
-    losses, skipped_in_a_row, logged_at = [], 0, time.perf_counter()
+    results, logged_at = [], time.perf_counter()
     for images, target in run.loader:
         lr = learning_rate(step, total_steps, args.lr)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         # For dropout: a seed for each step, so that a resumed run draws the same numbers.
         torch.manual_seed(int(np.random.SeedSequence((args.seed, step, run.rank)).generate_state(1)[0]))
-        losses.append(torch.stack(train_step(run, images, target)))
+        results.append(torch.stack(train_step(run, images, target)))
         step += 1
         last = step == epoch * steps_per_epoch
         if step % args.log_every == 0 or last:
-            seconds = time.perf_counter() - logged_at
-            skipped = log_steps(run, epoch, step, losses, seconds, log)
-            skipped_in_a_row = skipped_in_a_row + skipped if skipped == len(losses) else 0
-            if skipped_in_a_row >= MAX_SKIPPED:
-                raise UsageError(
-                    f"no finite gradients in {skipped_in_a_row} steps in a row, up to step {step} in epoch {epoch}; "
-                    "use a lower --base-lr or --amp off; --resume auto continues from the newest checkpoint"
-                )
-            losses, logged_at = [], time.perf_counter()
+            log_steps(run, epoch, step, results, time.perf_counter() - logged_at, log)
+            results, logged_at = [], time.perf_counter()
         verdict = signals.after_step()
         if verdict != Signals.CONTINUE and not last:
             save_training(run, epoch - 1, step - (epoch - 1) * steps_per_epoch)
@@ -629,35 +611,37 @@ def train_one_epoch(run: Run, epoch: int, first: int, log: Log, signals: Signals
     return verdict
 
 
-def log_steps(run: Run, epoch: int, step: int, losses: list[Tensor], seconds: float, log: Log) -> int:
-    """Logs the steps since the last line, of which the last is `step`; returns how many of them were skipped.
+def log_steps(run: Run, epoch: int, step: int, results: list[Tensor], seconds: float, log: Log) -> None:
+    """Logs the steps since the last line, up to `step`; `results` are what `train_step` returned, a tensor for each.
 
-    losses: what `train_step` returned, loss and whether it was finite, in one tensor for each step.
+    Raises UsageError where MAX_SKIPPED steps in a row, or more, were skipped.
     """
-    args, count = run.args, len(losses)
-    loss, finite = torch.stack(losses).unbind(1)
+    args, count, steps_per_epoch = run.args, len(results), run.steps_per_epoch
+    loss, finite = torch.stack(results).unbind(1)
     total = loss.where(finite > 0, 0).sum()
     if run.world_size > 1:
         dist.all_reduce(total)
-    used = int(finite.sum())
-    mean_loss = total.item() / used if used else None
+    skipped = count - int(finite.sum())
+    mean_loss = total.item() / (count - skipped) if skipped < count else None
+    run.skipped_in_a_row = run.skipped_in_a_row + skipped if skipped == count else 0
     lr = run.optimizer.param_groups[0]["lr"]
     images_per_s = count * args.batch_size / seconds
     # A step at half resolution is a quarter of the work.
-    total_steps, half_steps = (
-        args.epochs * run.steps_per_epoch,
-        run.train_set.augmentation.half_epochs * run.steps_per_epoch,
-    )
+    half_steps, total_steps = run.train_set.augmentation.half_epochs * steps_per_epoch, args.epochs * steps_per_epoch
     before, now, end = (s - 0.75 * min(s, half_steps) for s in (step - count, step, total_steps))
     left = timedelta(seconds=round(seconds * (end - now) / (now - before)))
-    loss_text = "-" if mean_loss is None else f"{mean_loss:.4f}"
     log.line(
-        f"epoch {epoch}/{args.epochs}  step {step}/{total_steps}  loss {loss_text}  lr {lr:.5f}  "
-        f"{images_per_s:.1f} images/s  left {left}" + (f"  skipped {count - used} steps" if count > used else "")
+        f"epoch {epoch}/{args.epochs}  step {step}/{total_steps}  "
+        f"loss {math.nan if mean_loss is None else mean_loss:.4f}  lr {lr:.5f}  {images_per_s:.1f} images/s  left {left}"
+        + (f"  skipped {skipped} steps" if skipped else "")
     )
-    record = {"loss": mean_loss, "lr": lr, "images_per_s": images_per_s, "skipped": count - used}
+    record = {"loss": mean_loss, "lr": lr, "images_per_s": images_per_s, "skipped": skipped}
     log.record(kind="train", epoch=epoch, step=step, **record)
-    return count - used
+    if run.skipped_in_a_row >= MAX_SKIPPED:
+        raise UsageError(
+            f"no finite gradients in {run.skipped_in_a_row} steps in a row, up to step {step} in epoch {epoch}; use a "
+            "lower --base-lr or --amp off; --resume auto continues from the newest checkpoint"
+        )
 
 
 def finish_epoch(run: Run, epoch: int, log: Log, signals: Signals, verdict: int = Signals.CONTINUE) -> None:
@@ -686,8 +670,9 @@ def finish_epoch(run: Run, epoch: int, log: Log, signals: Signals, verdict: int 
 def validate(run: Run, signals: Signals) -> dict:
     """Metrics of the validation split, its images shared out over the processes. Raises Stopped after a signal."""
     args, classes = run.args, run.val_set.classes
-    for buffer in run.evaluated.buffers() if run.world_size > 1 else ():
-        dist.broadcast(buffer, 0)  # without SyncBatchNorm they differ between the processes; rank 0's are saved
+    if run.world_size > 1 and not run.syncs_bn:  # the processes' statistics differ; rank 0's are saved
+        for buffer in run.evaluated.buffers():
+            dist.broadcast(buffer, 0)
     precision = AMP_DTYPES[args.amp] or torch.float32
     segment = accelerate(run.evaluated, device=run.device, precision=precision)
     confusion = torch.zeros(len(classes.names), len(classes.names), dtype=torch.int64, device=run.device)
@@ -779,9 +764,7 @@ def find_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict | None,
     if args.resume != "auto":
         path = Path(args.resume) if args.resume else None
         if found and (path is None or path.resolve() != found[-1].resolve()):
-            raise UsageError(
-                f"{found[-1]} is of an earlier run: --resume auto continues it, another --out starts a new one"
-            )
+            raise UsageError(f"{found[-1]} is of an earlier run: use --resume auto, or another --out for a new run")
         found = [path] if path else []
     for path in reversed(found):
         try:
@@ -816,10 +799,8 @@ def resume(run: Run, path: Path, checkpoint: dict, log: Log) -> tuple[int, int]:
         raise CheckpointError(f"{path}: its run had --ema {checkpoint['args']['ema']}; resume with the same")
     run.model.load_state_dict(checkpoint.get("trained", checkpoint["model"]))
     load_optimizer(run.optimizer, checkpoint["optimizer"], path)
-    epoch, steps, steps_per_epoch = checkpoint["epoch"], checkpoint["steps"], run.steps_per_epoch
-    steps = (
-        steps * steps_per_epoch // checkpoint["steps_per_epoch"]
-    )  # of another batch size, the same share of the epoch
+    epoch, steps_per_epoch = checkpoint["epoch"], run.steps_per_epoch
+    steps = checkpoint["steps"] * steps_per_epoch // checkpoint["steps_per_epoch"]  # another batch: the same share
     if run.average:
         run.average.model.load_state_dict(checkpoint["model"])
         run.average.steps = epoch * steps_per_epoch + steps
