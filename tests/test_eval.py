@@ -1,10 +1,7 @@
-"""Metrics by hand, the modes of eval.py, and what it says to wrong input."""
+"""Metrics by hand, evaluation of a split, test-time averaging, and what eval.py says to wrong input."""
 
-import io
 import json
-import math
-import subprocess
-import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,9 +10,11 @@ from PIL import Image
 
 import eval as evaluation
 from conftest import ROOT, last_json, run_script
-from data import CAMVID, CITYSCAPES, Classes
-from eval import ContactSheet, colour_map, exit_status, metrics
-from model import FastSCNN
+from data import CAMVID, CITYSCAPES, CITYSCAPES_LABEL_IDS, Classes, DataError, normalise, open_dataset
+from eval import AveragedNetwork, confusion_matrix, contact_sheet, evaluate, metrics, sliding_window, window_starts
+from launch import exit_status
+from model import CheckpointError, FastSCNN, load_weights
+from ops_ext import accelerate
 
 THREE = Classes(("a", "b", "c"), ((255, 0, 0), (0, 255, 0), (0, 0, 255)), ("x", "x", "y"))
 
@@ -58,35 +57,6 @@ def test_table_shows_every_class_and_mean():
     assert all(name in table for name in CITYSCAPES.names) and table.count("100.00") == 19 + 7 + 2 + 1
 
 
-def test_colours_and_contact_sheet(tmp_path):
-    label = np.array([[0, 1], [2, 255]], np.uint8)
-    assert np.array(colour_map(label, THREE)).tolist() == [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [0, 0, 0]]]
-    sheet = ContactSheet(THREE, rows=2, width=64)
-    for height in (32, 48, 64):
-        truth = torch.zeros(height, 64, dtype=torch.uint8)
-        sheet.add(torch.full((height, 64, 3), 200, dtype=torch.uint8), truth, truth + 1)
-    sheet.save(tmp_path / "deep" / "sheet.png")
-    picture = np.array(Image.open(tmp_path / "deep" / "sheet.png"))
-    assert picture.shape == (16 + 4 + 2 * (48 + 4), 4 + 3 * (64 + 4), 3)
-    assert (
-        picture[40, 30].tolist() == [200] * 3
-        and picture[40, 100].tolist() == [255, 0, 0]
-        and picture[40, 170].tolist() == [0, 255, 0]
-    )
-
-
-@pytest.mark.parametrize("width, height, tile", [(3000, 3, 1), (3, 3000, 8 * 64)])
-def test_pictures_of_images_out_of_all_proportion(tmp_path, width, height, tile):
-    image = torch.zeros(height, width, 3, dtype=torch.uint8)
-    sheet = ContactSheet(THREE, rows=1, width=64)
-    sheet.add(image, image[..., 0], image[..., 0])
-    sheet.save(tmp_path / "s.png")
-    assert Image.open(tmp_path / "s.png").size == (4 + 3 * 68, 16 + 8 + tile)
-    # JPEG ends at 65535 pixels: at the image's own proportions there would be 480000.
-    for kind, file in evaluation.error_pictures(image, image[..., 0], image[..., 0], THREE).values():
-        assert Image.open(io.BytesIO(file)).format == kind.upper()
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A checkpoint of an untrained network for Cityscapes."""
@@ -104,243 +74,179 @@ def test_two_processes_give_exactly_the_metrics_of_one(weights, drawn):
     result = last_json(one.stdout)
     assert result == last_json(two.stdout)
     assert result["images"] == 5 and result["dataset"] == "cityscapes" and result["split"] == "val"
-    figures = {"miou", "class_iou", "category_miou", "category_iou", "miiou", "class_iiou", "category_miiou", "category_iiou"}
+    figures = {
+        "miou",
+        "class_iou",
+        "category_miou",
+        "category_iou",
+        "miiou",
+        "class_iiou",
+        "category_miiou",
+        "category_iiou",
+    }
     assert set(result) == {"dataset", "split", "images", "pixel_accuracy", "scales", "flip", "window"} | figures
 
 
+def status_of(*argv):
+    """Exit status of eval.py on the CPU, in this process."""
+    argv = [str(each) for each in ("--device", "cpu", "--workers", 0, *argv)]
+    return exit_status(lambda: evaluation.main(argv), (DataError, CheckpointError))
+
+
+def save_network(path, num_classes, classes=None):
+    """An untrained network as a checkpoint."""
+    torch.manual_seed(0)
+    model = FastSCNN(num_classes)
+    named = {"classes": classes.to_dict()} if classes else {}
+    torch.save({"model": model.state_dict(), "model_args": model.args, **named}, path)
+    return path
+
+
+def test_confusion_matrix_by_hand():
+    label = torch.tensor([[0, 0, 1], [2, 255, 255]], dtype=torch.uint8)
+    prediction = torch.tensor([[0, 1, 1], [0, 2, 0]], dtype=torch.uint8)
+    assert confusion_matrix(prediction, label, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+    label, prediction = (torch.randint(0, 250, (64, 64), dtype=torch.uint8) for _ in range(2))
+    confusion = confusion_matrix(prediction, label, 250)
+    assert confusion.sum() == 64 * 64 and confusion[label[5, 7].long(), prediction[5, 7].long()] >= 1
+
+
+def test_every_image_is_predicted_once_by_one_of_the_processes(weights, drawn):
+    dataset, segment = open_dataset("cityscapes", drawn, "val"), accelerate(load_weights(weights))
+    shares = [list(evaluate(segment, dataset, workers=0, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert [[index for index, *_ in share] for share in shares] == [[0, 2, 4], [1, 3]]
+    for index, image, label, prediction in shares[0] + shares[1]:
+        assert torch.equal(image, dataset[index][0]) and torch.equal(label, dataset[index][1])
+        assert torch.equal(prediction, segment(image[None])[0])
+
+
 def test_evaluation_counts_every_labelled_pixel_once(weights, drawn, capsys):
-    status = exit_status(
-        "eval.py", lambda: evaluation.main(["--weights", str(weights), "--data", str(drawn), "--device", "cpu"])
-    )
-    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert status == 0
-    model, dataset = (
-        evaluation.build_from_checkpoint(evaluation.read_checkpoint(weights), weights),
-        evaluation.open_dataset("cityscapes", drawn, "val"),
-    )
-    segment = evaluation.accelerate(model)
+    assert status_of("--weights", weights, "--data", drawn) == 0
+    result = last_json(capsys.readouterr().out)
+    segment = accelerate(load_weights(weights), precision=torch.float32)
     right = total = 0
-    for image, label in dataset:
+    for image, label in open_dataset("cityscapes", drawn, "val"):
         labelled = label != 255
         right += ((segment(image[None])[0] == label) & labelled).sum().item()
         total += labelled.sum().item()
     assert result["pixel_accuracy"] == right / total
 
 
-def test_folder_of_pictures_becomes_overlays(weights, tmp_path, capsys):
-    for name, size in (("a.jpg", (64, 48)), ("sub/b c.png", (97, 51)), ("sub/grau.png", (40, 40))):
-        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L" if "grau" in name else "RGB", size, 90).save(tmp_path / "in" / name)
-    (tmp_path / "in" / "notes.txt").write_text("no picture")
-    flags = ["--weights", str(weights), "--predict", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    assert exit_status("eval.py", lambda: evaluation.main(flags)) == 0
-    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["images"] == 3
-    sizes = {str(p.relative_to(tmp_path / "out")): Image.open(p).size for p in (tmp_path / "out").rglob("*.png")}
-    assert sizes == {"a.jpg_overlay.png": (64, 48), "sub/b c.png_overlay.png": (97, 51), "sub/grau.png_overlay.png": (40, 40)}
+def test_contact_sheet_shows_images_in_rows(weights, drawn, tmp_path):
+    red, blue = Image.new("RGB", (64, 32), "red"), Image.new("RGB", (20, 40), "blue")
+    sheet = contact_sheet([[red, red], [blue, blue]], ("image", "truth"), width=40)
+    assert sheet.size == (4 + 2 * 44, 20 + (20 + 4) + (80 + 4))  # each row as high as its images are at this width
+    assert sheet.getpixel((50, 30)) == (255, 0, 0) and sheet.getpixel((10, 100)) == (0, 0, 255)
+    assert status_of("--weights", weights, "--data", drawn, "--sheet", tmp_path / "deep/s.png") == 0
+    assert Image.open(tmp_path / "deep/s.png").size == (4 + 3 * 388, 20 + 5 * (192 + 4))
 
 
-def test_benchmark_needs_no_weights(capsys):
-    flags = ["--benchmark", "--size", "64", "96", "--batch-size", "2", "--repeats", "5", "--device", "cpu"]
-    assert exit_status("eval.py", lambda: evaluation.main(flags)) == 0
-    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert (
-        result["size"] == [64, 96] and result["batch_size"] == 2 and result["params"] == 1_137_795 and result["device"] == "cpu"
-    )
-    latency = result["latency_ms"]
-    assert 0 < latency["min"] <= latency["median"] <= latency["p95"]
-    assert math.isclose(result["fps"], 2000 / latency["median"], rel_tol=0.01)
+def test_averaging_over_scales_and_mirror_images(drawn):
+    torch.manual_seed(0)
+    model, cpu = FastSCNN(19).eval(), torch.device("cpu")
+    image = open_dataset("cityscapes", drawn, "val")[0][0][None]
+    plain = accelerate(model, precision=torch.float32)(image)
+    assert (AveragedNetwork(model, cpu, [1.0])(image) == plain).float().mean() > 0.999
+    # Mirrored in, mirrored out.
+    segment = AveragedNetwork(model, cpu, [0.5, 1.5], flip=True)
+    assert (segment(image).flip(2) == segment(image.flip(2))).float().mean() > 0.999
+    # By hand, with Pillow's filter for the smaller input.
+    total = 0
+    for size in ((48, 96), (96, 192)):
+        part = Image.fromarray(image[0].numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
+        with torch.no_grad():
+            scores = model(normalise(torch.from_numpy(np.array(part))[None]))
+        total = total + torch.nn.functional.interpolate(scores, (96, 192), mode="bilinear").softmax(1)
+    assert (AveragedNetwork(model, cpu, [0.5, 1.0])(image) == total.argmax(1)).float().mean() > 0.97
 
 
-def cut(path, target):
-    target.write_bytes(path.read_bytes()[:5000])
-    return target
+def test_windows_cover_the_image_and_their_means_are_taken():
+    for side in (32, 33, 100, 257):
+        for size in (32, 40, 96):
+            starts = window_starts(side, min(size, side))
+            steps = [after - before for before, after in pairwise(starts)]
+            assert (
+                starts[0] == 0 and starts[-1] + min(size, side) == side and max(steps, default=0) <= size * 2 // 3 + 1
+            )
+    seen = []
+
+    def network(x):
+        seen.append(x.shape[2:])
+        return torch.cat([x[:, :1], torch.full_like(x[:, :1], float(len(seen)))], 1)
+
+    x = torch.randn(2, 3, 100, 70)
+    scores = sliding_window(network, x, (40, 96))
+    assert seen == [(40, 70)] * 4  # at 0, 20, 40 and 60, as wide as the image
+    torch.testing.assert_close(scores[:, :1], x[:, :1])
+    assert scores[0, 1, [0, 19, 20, 39, 40, 60, 80, 99], 5].tolist() == [1, 1, 1.5, 1.5, 2.5, 3.5, 4, 4]
+    model = FastSCNN(4).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(sliding_window(model, x[..., :64], (128, 64)), model(x[..., :64]))
 
 
-def folder(path):
-    path.mkdir()
-    return path
+def test_protocol_is_stated_and_checked(weights, drawn, capsys):
+    def run(*flags):
+        return status_of("--weights", weights, "--data", drawn, *flags)
+
+    assert run("--scales", 0.5, 1.0, "--flip", "--amp", "auto") == 0
+    result = last_json(capsys.readouterr().out)
+    assert result["scales"] == [0.5, 1.0] and result["flip"] is True and result["window"] is None
+    assert run("--window", 64, 96) == 0
+    assert last_json(capsys.readouterr().out)["window"] == [64, 96]
+    assert run("--window", 16, 96) == 2 and "--window 16 96: expected at least 32" in capsys.readouterr().err
+    assert run("--scales", 0) == 2 and "--scales 0.0: expected factors above 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (lambda w, d, t: ["--weights", t / "none.pth", "--data", d], "none.pth: no such checkpoint"),
-        (lambda w, d, t: ["--weights", cut(w, t / "cut.pth"), "--data", d], "cut.pth: damaged, truncated or no checkpoint"),
-        (lambda w, d, t: ["--weights", next(d.rglob("*.png")), "--data", d], "damaged, truncated or no checkpoint"),
-        (lambda w, d, t: ["--weights", w, "--data", t / "nowhere"], "nowhere: no such folder"),
-        (lambda w, d, t: ["--weights", w, "--data", t], "no images"),
-        (lambda w, d, t: ["--data", d], "--weights FILE is missing"),
-        (lambda w, d, t: ["--weights", w, "--data", d, "--device", "warp"], "--device warp is no device"),
-        (lambda w, d, t: ["--weights", w, "--data", d, "--colour"], "unrecognized arguments: --colour"),
-        (lambda w, d, t: ["--weights", w, "--predict", t / "none.png", "--out", t / "o"], "none.png: no such picture"),
-        (lambda w, d, t: ["--weights", w, "--predict", t, "--out", t / "o"], "no pictures in this folder"),
-        (lambda w, d, t: ["--benchmark", "--size", "16", "64"], "--size is 16 64, expected at least 32 pixels each"),
-        (lambda w, d, t: ["--benchmark", "--repeats", "0"], "--repeats is 0, expected at least 1"),
-        (lambda w, d, t: ["--weights", w, "--data", d, "--sheet", t / "sheet"], "has no suffix of an image format"),
-        (
-            lambda w, d, t: ["--weights", w, "--data", d, "--sheet", t / "s.psd"],
-            "s.psd has no suffix of an image format that can",
-        ),
-        (
-            lambda w, d, t: ["--weights", w, "--data", d, "--sheet", t / "s.xbm"],
-            "s.xbm has no suffix of an image format that can",
-        ),
-        (lambda w, d, t: ["--weights", w, "--data", d, "--sheet", folder(t / "s.png")], "s.png is a folder, expected a file"),
-        (
-            lambda w, d, t: ["--weights", w, "--data", d, "--report", folder(t / "r.html")],
-            "r.html is a folder, expected a file",
-        ),
-    ],
-)
-def test_what_the_user_can_mend_is_one_line_and_status_2(weights, drawn, tmp_path, capsys, flags, message):
-    argv = [str(flag) for flag in flags(weights, drawn, tmp_path)]
-    assert exit_status("eval.py", lambda: evaluation.main(argv)) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("eval.py: ") and error.count("\n") == 1
-    assert not (tmp_path / "o").exists()
+def test_submission_holds_label_ids_under_the_servers_names(weights, drawn, folder_dataset, tmp_path, capsys):
+    assert status_of("--weights", weights, "--data", drawn, "--submit", tmp_path / "s") == 0
+    dataset = open_dataset("cityscapes", drawn, "val")
+    names = {sample.image.name.replace("_leftImg8bit.png", "_pred.png") for sample in dataset.samples}
+    assert {path.name for path in (tmp_path / "s").iterdir()} == names
+    segment = accelerate(load_weights(weights), precision=torch.float32)
+    label_ids = np.array(CITYSCAPES_LABEL_IDS)[segment(dataset[0][0][None])[0].numpy()]
+    assert (np.array(Image.open(tmp_path / "s" / min(names))) == label_ids).all()
+    own = save_network(tmp_path / "own.pth", 3)
+    flags = ("--weights", own, "--dataset", "folder", "--data", folder_dataset, "--submit", tmp_path / "t")
+    assert status_of(*flags) == 2 and "which folder does not have" in capsys.readouterr().err
 
 
-def test_another_class_count_is_refused(weights, folder_dataset, capsys):
-    argv = ["--weights", str(weights), "--dataset", "folder", "--data", str(folder_dataset)]
-    assert exit_status("eval.py", lambda: evaluation.main(argv)) == 2
-    assert "has 19 classes, expected 3" in capsys.readouterr().err
+def test_what_the_user_can_mend_is_one_line_and_status_2(weights, drawn, folder_dataset, tmp_path, capsys):
+    def refused(message, *flags):
+        assert status_of(*flags) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+
+    (tmp_path / "cut.pth").write_bytes(weights.read_bytes()[:5000])
+    refused("none.pth: no such", "--weights", tmp_path / "none.pth", "--data", drawn)
+    refused("cut.pth: ", "--weights", tmp_path / "cut.pth", "--data", drawn)
+    refused("nowhere: no such folder", "--weights", weights, "--data", tmp_path / "nowhere")
+    refused("no images", "--weights", weights, "--data", drawn, "--split", "tset")
+    refused("--weights", "--data", drawn)
+    refused("--device warp is not available", "--weights", weights, "--data", drawn, "--device", "warp")
+    refused("unrecognized arguments: --colour", "--weights", weights, "--data", drawn, "--colour")
+    own = ("--dataset", "folder", "--data", folder_dataset)
+    refused("has 19 classes, expected 3", "--weights", weights, *own)
+    swapped = Classes(("left", "right", "middle"), ((0, 0, 0),) * 3)
+    refused("'right' where", "--weights", save_network(tmp_path / "swapped.pth", 3, swapped), *own)
+    small = Image.open(folder_dataset / "images/val/0.png").crop((0, 0, 64, 20))
+    small.save(folder_dataset / "images/val/0.png")
+    Image.new("L", small.size).save(folder_dataset / "labels/val/0.png")
+    refused("0.png: 64x20 pixels, expected at least 32x32", "--weights", save_network(tmp_path / "own.pth", 3), *own)
 
 
-def test_other_classes_of_the_same_number_are_refused(folder_dataset, tmp_path, capsys):
-    model, classes = FastSCNN(3), {"names": ["left", "right", "middle"], "colours": [[0, 0, 0]] * 3, "categories": []}
-    torch.save({"model": model.state_dict(), "model_args": model.args, "classes": classes}, tmp_path / "w.pth")
-    argv = ["--weights", str(tmp_path / "w.pth"), "--dataset", "folder", "--data", str(folder_dataset)]
-    assert exit_status("eval.py", lambda: evaluation.main(argv)) == 2
-    assert "w.pth: has other classes, such as right (here middle)" in capsys.readouterr().err
-
-
-def test_contact_sheet_of_an_evaluation(weights, drawn, tmp_path):
-    argv = [
-        "--weights",
-        str(weights),
-        "--data",
-        str(drawn),
-        "--sheet",
-        str(tmp_path / "s.png"),
-        "--sheet-rows",
-        "2",
-        "--device",
-        "cpu",
-    ]
-    assert exit_status("eval.py", lambda: evaluation.main(argv)) == 0
-    assert Image.open(tmp_path / "s.png").size == (4 + 3 * 388, 16 + 4 + 2 * (192 + 4))
-
-
-def test_error_in_a_loader_process_is_one_line_too(weights, folder_dataset, tmp_path):
-    model = FastSCNN(3)
-    torch.save({"model": model.state_dict(), "model_args": model.args}, tmp_path / "w.pth")
-    Image.new("L", (64, 48), 99).save(folder_dataset / "labels/val/1.png")
-    done = run_script(
-        "eval.py", "--weights", tmp_path / "w.pth", "--dataset", "folder", "--data", folder_dataset, "--device", "cpu"
-    )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "labels/val/1.png: label value 99 is outside" in done.stderr
-
-
-@pytest.mark.parametrize(
-    "classes, name", [(None, "cityscapes"), (CITYSCAPES, "cityscapes"), (CAMVID, "camvid"), (THREE, "folder")]
-)
-def test_dataset_is_that_of_the_weights_classes(tmp_path, monkeypatch, capsys, classes, name):
+def test_dataset_is_that_of_the_weights_classes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    model = FastSCNN(len(classes.names) if classes else 19)
-    named = {"classes": classes.to_dict()} if classes else {}
-    torch.save({"model": model.state_dict(), "model_args": model.args, **named}, "w.pth")
-    assert exit_status("eval.py", lambda: evaluation.main(["--weights", "w.pth"])) == 2
-    assert f"datasets/{name}: no such folder" in capsys.readouterr().err
-    assert exit_status("eval.py", lambda: evaluation.main(["--weights", "w.pth", "--dataset", "camvid"])) == 2
+    for classes, name in ((None, "cityscapes"), (CITYSCAPES, "cityscapes"), (CAMVID, "camvid"), (THREE, "folder")):
+        save_network("w.pth", len(classes.names) if classes else 19, classes)
+        assert status_of("--weights", "w.pth") == 2
+        assert f"datasets/{name}: no such folder" in capsys.readouterr().err
+    assert status_of("--weights", "w.pth", "--dataset", "camvid") == 2
     assert "datasets/camvid: no such folder" in capsys.readouterr().err
 
 
-def test_faults_keep_their_traceback():
-    def broken():
-        raise RuntimeError("a fault of the program")
-
-    with pytest.raises(RuntimeError):
-        exit_status("eval.py", broken)
-
-
-def test_an_error_among_processes_ends_with_status_2_and_without_an_abort():
-    # Leaving the interpreter around a collective under way aborted about one process in thirty.
-    script = (
-        "import atexit, sys, torch, torch.distributed as dist; from eval import UsageError, exit_status\n"
-        "def main():\n"
-        "    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
-        "    atexit.register(print, 'through the interpreter')\n"
-        "    dist.all_reduce(torch.ones(1), async_op=True)\n"
-        "    print('said')\n"
-        "    raise UsageError('mend this')\n"
-        "sys.exit(exit_status('eval.py', main))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "said\n", "eval.py: mend this\n")
-
-
-def test_benchmark_without_a_size_takes_the_papers_three_and_times_stages_and_others(capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "PAPER_SIZES", ((64, 96), (40, 40)))
-    flags = ["--benchmark", "--repeats", "2", "--device", "cpu", "--stages", "--against", "eager", "channels_last"]
-    evaluation.main(flags)
-    result = last_json(capsys.readouterr().out)
-    assert [each["size"] for each in result["sizes"]] == [[64, 96], [40, 40]] and result["size"] == [64, 96]
-    assert set(result["against"]) == {"eager", "channels_last"} and sum(result["stages_ms"].values()) > 0
-
-
-@pytest.mark.parametrize("output", ["labels", "logits"])
-def test_export_in_torchs_own_format_runs_at_any_size(tmp_path, capsys, weights, output):
-    evaluation.main(["--weights", str(weights), "--export", str(tmp_path / "model.pt2"), "--export-output", output])
-    assert last_json(capsys.readouterr().out)["agreement"] == 1
-    program = torch.export.load(tmp_path / "model.pt2").module()
-    images = torch.zeros(3, 50, 70, 3, dtype=torch.uint8)
-    assert program(images).shape[-2:] == (50, 70)
-
-
-def test_export_to_onnx_agrees_with_pytorch_in_onnx_runtime(tmp_path, capsys, weights):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
-    evaluation.main(["--weights", str(weights), "--export", str(tmp_path / "model.onnx")])
-    assert last_json(capsys.readouterr().out)["agreement"] > 0.999
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--export", "model.tflite"], "has the suffix '.tflite', expected .onnx or .pt2"),
-        (["--export", "model.onnx"], "needs the package onnx: pip install onnx"),
-        (["--benchmark", "--against", "onnxruntime"], "needs the package onnx: pip install onnx"),
-        (["--benchmark", "--against", "openvino"], "needs the package openvino: pip install openvino"),
-    ],
-)
-def test_missing_packages_and_formats_are_named(weights, monkeypatch, flags, message):
-    for package in ("onnx", "onnxruntime", "openvino"):
-        monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(evaluation.UsageError, match=message):
-        evaluation.main(["--weights", str(weights), "--device", "cpu", *flags])
-
-
-def test_a_batch_that_does_not_fit_is_one_line(monkeypatch):
-    flags = ["--benchmark", "--size", "8192", "16384", "--batch-size", "100000", "--repeats", "1", "--device", "cpu"]
-    with pytest.raises(evaluation.UsageError, match="100000 images of 8192x16384 do not fit in memory; lower --batch-size"):
-        evaluation.main(flags)
-
-
-def test_the_difference_to_float32_is_printed_on_request(capsys, drawn, weights):
-    flags = ["--weights", str(weights), "--data", str(drawn), "--device", "cpu", "--amp", "auto", "--compare"]
-    evaluation.main(flags)
-    out = capsys.readouterr().out
-    result = last_json(out)
-    assert abs(result["miou"] - result["miou_fp32"]) < 0.02 and "points of mIoU to fp32" in out
-    assert 0.95 < result["agreement"]["min"] <= result["agreement"]["mean"] <= 1
-
-
 def test_the_weights_in_the_repository_give_the_readmes_figure(camvid, capsys):
-    weights = ROOT / "weights/camvid.pth"
-    assert weights.stat().st_size < 6e6
-    argv = ["--weights", str(weights), "--dataset", "camvid", "--data", str(camvid), "--device", "cpu", "--workers", "0"]
-    evaluation.main(argv)
+    assert (ROOT / "weights/camvid.pth").stat().st_size < 6e6
+    assert status_of("--weights", ROOT / "weights/camvid.pth", "--data", camvid) == 0
     result = last_json(capsys.readouterr().out)
     assert result["images"] == 101 and result["miou"] == pytest.approx(0.6100, abs=5e-4)
     assert "epoch 34/34  mIoU 0.6100  pixel accuracy 0.9153" in (ROOT / "README.md").read_text()
