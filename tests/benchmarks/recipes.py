@@ -1,14 +1,14 @@
-"""What each part of the recipe is worth: named sets of train.py's flags, several seeds each, as a table of val mIoU.
+"""What each part of the recipe is worth: named sets of train.py's flags, several seeds each, as a table of mIoU.
 
-    python tests/benchmarks/recipes.py --dataset camvid --data ../shared/camvid --epochs 24 --seeds 0 1 2 --jobs 2
-    python tests/benchmarks/recipes.py ... --only base cosine AdamW    # some of them
-    python tests/benchmarks/recipes.py ... --only paper best           # train.py's recipes
-    python tests/benchmarks/recipes.py ... --add "--ema 0.99"          # another base for all of them
-    python tests/benchmarks/recipes.py ... --add "--half-resolution 1" --scale 0.5     # four times as fast, for machines without a GPU
+    python tests/benchmarks/recipes.py --epochs 24 --seeds 0 1 2 --jobs 2
+    python tests/benchmarks/recipes.py --only base "ohem 0.7"               # some of them
+    python tests/benchmarks/recipes.py --only paper best                    # train.py's recipes
+    python tests/benchmarks/recipes.py --folds 0001TP 0006R0 0016E5         # train on all drives but one, score on that one
+    python tests/benchmarks/recipes.py --add "--half-resolution 1" --scale 0.5     # four times as fast
 
-Each run is a process of its own with one seed; --jobs of them share the cores (on GPUs: take 1). What counts is the mIoU after the last
-epoch: no epoch is picked by it. Finished runs are kept in OUT/results.jsonl and not done again, so that a longer list or more seeds
-add to a table. "element" is the base with that element; the column of gains is the difference of the means.
+Each run is a process of its own with one seed; --jobs of them share the cores (on GPUs: 1). What counts is the mIoU after
+the last epoch. Finished runs are kept in OUT/results.jsonl and not repeated, so that a longer list or more seeds add to a
+table. An element is the base with that element; its gain is the difference of the means. A fold is a prefix of file names.
 """
 
 from __future__ import annotations
@@ -21,93 +21,100 @@ import statistics
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The base is train.py's defaults with CamVid's size, a smaller batch at a rate that goes with it, and less of a resize; every other
-# name changes one thing.
+# The base is train.py's defaults with CamVid's size, a smaller batch at a rate that goes with it, and less resizing; every
+# other element changes one thing.
 MACHINE = "--workers 0 --cache ram"
 BASE = f"{MACHINE} --crop-size 360 480 --scale-range 0.75 1.75 --batch-size 4 --base-lr 0.135"
 ELEMENTS = {
     "base": "",
-    "AdamW": "--optimizer adamw --base-lr 0.009 --weight-decay 0.02",
     "class balance 0.5": "--class-balance 0.5",
+    "class balance 0.25": "--class-balance 0.25",
     "ohem 0.7": "--ohem 0.7",
     "ema 0.99": "--ema 0.99",
-    "cosine": "--schedule cosine",
     "half the rate": "--base-lr 0.0675",
-    "strong colour": "--brightness 0.4 --contrast 0.5 --saturation 0.5 --hue 18",
+    "twice the rate": "--base-lr 0.27",
+    "batch 8": "--batch-size 8 --base-lr 0.0675",
+    "colour": "--colour-jitter 0.4 0.4 0.4 0.05",
+    "strong colour": "--colour-jitter 0.6 0.6 0.6 0.1",
     "class share 0.5": "--max-class-share 0.5",
-    "label smoothing 0.1": "--label-smoothing 0.1",
     "no dropout": "--dropout 0",
     "scale 0.5 to 2": "--scale-range 0.5 2",
-    "no aux": "--no-aux",
+    "no aux": "--aux-weight 0",
     "aux weight 1": "--aux-weight 1",
-    "batch 8": "--batch-size 8 --base-lr 0.0675",
-    "class balance 0.25": "--class-balance 0.25",
-    "class balance 0.75": "--class-balance 0.75",
-    "class share 0.75": "--max-class-share 0.75",
-    "bootstrapped 0.3": "--ohem 0.3",
-    "twice the rate": "--base-lr 0.27",
     "half resolution first": "--half-resolution 0.5",
-    "class balance 0.5 to 0": "--class-balance 0.5 --class-balance-end 0",
     "paper": "--recipe paper",  # these two without the base
     "best": "--recipe best",
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """One training: an element by name, and all that decides its result."""
-
-    name: str
-    dataset: str
-    data: str
-    epochs: int
-    scale: float
-    seed: int
-    flags: str
-
-    def run(self, out: Path, threads: int) -> dict:
-        """Trains and evaluates in processes of their own; the case and its figures."""
-        folder = out / f"{self.name.replace(' ', '-')}-{zlib.crc32(repr(self).encode()):08x}"
-        data = ["--dataset", self.dataset, "--data", self.data]
-        train = ["--epochs", str(self.epochs), "--val-every", str(self.epochs), "--seed", str(self.seed), "--out", str(folder)]
-        self._call("train.py", [*data, *shlex.split(self.flags), *train, "--keep", "1"], threads)
-        weights = ["--weights", str(folder / f"checkpoints/{self.epochs}.pth"), "--workers", "0", "--scales", str(self.scale)]
-        figures = json.loads(self._call("eval.py", [*data, *weights], threads).splitlines()[-1])
-        return {**asdict(self), **{name: figures[name] for name in ("miou", "pixel_accuracy", "class_iou")}}
-
-    @staticmethod
-    def _call(script: str, flags: list[str], threads: int) -> str:
-        command = [sys.executable, str(ROOT / script), *flags]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{shlex.join(command)}: status {done.returncode}\n{done.stderr}")
-        return done.stdout
+def call(script: str, flags: list[str], threads: int) -> str:
+    """stdout of a script of this project."""
+    command = [sys.executable, str(ROOT / script), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command)}: status {done.returncode}\n{done.stderr}")
+    return done.stdout
 
 
-def table(names: Sequence[str], found: Callable[[str], list[float]]) -> Iterator[str]:
-    """Rows of Markdown: mean, bounds and gain over the base of the mIoUs that `found` gives for each name."""
-    yield f"| element | flags | seeds | val mIoU, mean | lowest to highest | gain, points |\n|{'---|' * 6}"
-    base = found("base")
-    for name in names:
-        if values := found(name):
-            mean, bounds = statistics.mean(values), f"{min(values):.4f} to {max(values):.4f}"
-            gain = f"{100 * (mean - statistics.mean(base)):+.1f}" if base else ""
-            yield f"| {name} | `{ELEMENTS[name]}` | {len(values)} | {mean:.4f} | {bounds} | {gain} |"
+def train_and_score(case: dict, out: Path, threads: int) -> dict:
+    """The case and the figures of its network."""
+    folder = out / f"{case['name'].replace(' ', '-')}-{zlib.crc32(json.dumps(case).encode()):08x}"
+    data = ["--dataset", case["dataset"], "--data", case["data"]]
+    epochs = str(case["epochs"])
+    run = ["--epochs", epochs, "--val-every", epochs, "--seed", str(case["seed"]), "--keep", "1", "--out", str(folder)]
+    splits = ["--split", case["split"], "--val-split", case["val_split"]]
+    call("train.py", [*data, *shlex.split(case["flags"]), *splits, *run], threads)
+    weights = ["--weights", str(folder / f"checkpoints/{epochs}.pth"), "--split", case["val_split"]]
+    output = call("eval.py", [*data, *weights, "--scales", str(case["scale"]), "--workers", "0"], threads)
+    figures = json.loads(output.splitlines()[-1])
+    return {**case, **{name: figures[name] for name in ("miou", "pixel_accuracy", "class_iou")}}
 
 
-def main() -> None:
-    """Runs what is missing, then prints the table."""
+def splits_of(fold: str | None, folds: list[str]) -> dict[str, str]:
+    """The split to train on and the one to score on; for a fold, files whose names begin with it are scored on."""
+    if fold is None:
+        return {"split": "train", "val_split": "val"}
+    return {
+        "split": "+".join(f"{split}:{each}*" for each in folds if each != fold for split in ("train", "val")),
+        "val_split": f"train:{fold}*+val:{fold}*",
+    }
+
+
+def table(args: argparse.Namespace, records: list[dict]) -> list[str]:
+    """Rows of Markdown: mean over seeds and folds, bounds of the seeds' means, gain over the base, and each fold."""
+    folds = args.folds or [None]
+    names = [fold for fold in folds if fold]
+    header = ["element", "flags", "seeds", "mIoU, mean", "lowest to highest", "gain, points", *names]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    means: dict[str, float] = {}
+    for name in args.only:
+        scores = {(r["seed"], r["fold"]): r["miou"] for r in records if r["name"] == name}
+        seeds = [s for s in args.seeds if all((s, fold) in scores for fold in folds)]
+        if not seeds:
+            continue
+        by_seed = [statistics.mean(scores[seed, fold] for fold in folds) for seed in seeds]
+        means[name] = statistics.mean(by_seed)
+        gain = f"{100 * (means[name] - means['base']):+.1f}" if "base" in means else ""
+        by_fold = [f"{statistics.mean(scores[seed, fold] for seed in seeds):.4f}" for fold in names]
+        bounds = f"{min(by_seed):.4f} to {max(by_seed):.4f}"
+        cells = [name, f"`{ELEMENTS[name]}`", str(len(seeds)), f"{means[name]:.4f}", bounds, gain, *by_fold]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dataset", default="camvid", help="as of train.py (default: %(default)s)")
     add("--data", default=str(ROOT.parent / "shared" / "camvid"), help="its folder (default: %(default)s)")
+    add("--folds", nargs="+", metavar="PREFIX", help="leave out the files of one prefix after the other")
     add("--epochs", type=int, default=24, help="of each run (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--only", nargs="+", choices=ELEMENTS, default=list(ELEMENTS), metavar="NAME", help=", ".join(ELEMENTS))
@@ -115,34 +122,43 @@ def main() -> None:
     add("--scale", type=float, default=1.0, help="of the images in the last evaluation (default: %(default)s)")
     add("--jobs", type=int, default=1, help="runs at once, which share the cores (default: %(default)s)")
     add("--out", default=str(ROOT / "runs" / "recipes"), help="folder of the runs (default: %(default)s)")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Runs what is missing, then prints the table."""
+    args = get_args_parser().parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     results = out / "results.jsonl"
     records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    common = {"dataset": args.dataset, "data": args.data, "epochs": args.epochs, "scale": args.scale}
+    cases = [
+        {
+            "name": name,
+            "seed": seed,
+            "fold": fold,
+            "flags": " ".join([MACHINE if name in ("paper", "best") else BASE, ELEMENTS[name], args.add]),
+            **splits_of(fold, args.folds),
+            **common,
+        }
+        for seed in args.seeds
+        for name in args.only
+        for fold in args.folds or [None]
+    ]
+    known = [record for record in records if any(case.items() <= record.items() for case in cases)]
+    missing = [case for case in cases if not any(case.items() <= record.items() for record in known)]
 
-    def case(name: str, seed: int) -> Case:
-        base = MACHINE if ELEMENTS[name].startswith("--recipe") else BASE
-        flags = shlex.join(shlex.split(f"{base} {args.add} {ELEMENTS[name]}"))
-        return Case(name, args.dataset, args.data, args.epochs, args.scale, seed, flags)
-
-    def found(name: str) -> list[float]:
-        cases = [asdict(case(name, seed)) for seed in args.seeds]
-        return [record["miou"] for each in cases for record in records if each.items() <= record.items()]
-
-    def run(each: Case) -> None:
-        record = each.run(out, max(1, (os.cpu_count() or 1) // args.jobs))
-        records.append(record)
+    def run(case: dict) -> None:
+        record = train_and_score(case, out, max(1, (os.cpu_count() or 1) // args.jobs))
+        known.append(record)
         with results.open("a") as file:
             print(json.dumps(record), file=file)
-        print(f"{record['name']}, seed {record['seed']}: mIoU {record['miou']:.4f}", flush=True)
+        print(f"{case['name']}, seed {case['seed']}, {case['fold'] or 'val'}: mIoU {record['miou']:.4f}", flush=True)
 
-    done = [record.items() for record in records]
-    cases = [case(name, seed) for seed in args.seeds for name in args.only]
     with ThreadPoolExecutor(args.jobs) as pool:
-        missing = (each for each in cases if not any(asdict(each).items() <= record for record in done))
         list(pool.map(run, missing))
-    print("", *table(args.only, found), sep="\n")
+    print("", *table(args, known), sep="\n")
 
 
 if __name__ == "__main__":
