@@ -1,0 +1,378 @@
+"""Evaluates weights and writes one page: key figures, training curves, classes, confusion matrix and the worst images.
+
+    python tools/report.py --weights runs/checkpoints/best_model.pth                          # writes runs/report.html
+    python tools/report.py --weights W --dataset camvid --data datasets/camvid --out page.html
+    torchrun --nproc_per_node=8 tools/report.py --weights W                                   # shares the images out
+
+The page is a single HTML file without JavaScript. Its curves are those of the run whose `checkpoints` folder holds the weights.
+The last line on stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data import IGNORE, Classes, DataError, SegmentationDataset
+from eval import (
+    InstanceScores,
+    add_protocol_flags,
+    confusion_matrix,
+    evaluate,
+    make_segment,
+    metrics,
+    open_for_evaluation,
+    percent,
+)
+from launch import OneLineParser, exit_status, gathered, name_of, start_processes
+from model import CheckpointError
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --soft: #f5f6f8; --line: #e2e5ea; --ink: #1d2127; --muted: #646c79;
+  --blue: #2b6cb0; --orange: #d9691c }
+@media screen and (prefers-color-scheme: dark) { :root { --paper: #14171c; --soft: #1d2128; --line: #2e343d;
+  --ink: #e6e8ec; --muted: #98a1ae; --blue: #6ba6e5; --orange: #ec9250 } }
+* { box-sizing: border-box; print-color-adjust: exact; -webkit-print-color-adjust: exact }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 70rem; background: var(--paper); color: var(--ink);
+  font: .94rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
+h1 { margin: 0; font-size: 1.7rem; line-height: 1.2 }
+h2 { margin: 3rem 0 .75rem; font-size: 1.2rem; break-after: avoid }
+h3 { margin: 1.75rem 0 .4rem; font-size: .9rem; display: flex; flex-wrap: wrap; gap: 0 .9rem; break-after: avoid }
+p, figcaption, dt, h3 span { color: var(--muted); font-weight: 400 }
+p { margin: .25rem 0 1rem; max-width: 44rem; break-after: avoid }
+dl { margin: 0; columns: 2 26rem; font-size: .9rem }
+dl.many { columns: 3 17rem }
+dl div { display: flex; gap: .75rem; break-inside: avoid }
+dt { flex: 0 0 5rem }
+.many dt { flex: 0 0 9rem }
+dd { margin: 0; min-width: 0 }
+figure { margin: 0; min-width: 0; font-size: .85rem }
+img { display: block; width: 100%; border-radius: 3px }
+.key { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1.5rem 0 }
+.key div { padding: .8rem 1rem; border-radius: .5rem; background: var(--soft); color: var(--muted); font-size: .9rem }
+.key b { display: block; color: var(--ink); font-size: 1.9rem; line-height: 1.25; font-weight: 600; white-space: nowrap }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem 2.5rem }
+svg { display: block; width: 100%; font-size: 12px; fill: var(--muted) }
+svg line { stroke: var(--line) }
+svg path { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
+.blue { color: var(--blue) }
+.orange { color: var(--orange) }
+svg .raw { color: var(--blue); stroke-width: 1; opacity: .35 }
+.legend { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; font-size: .85rem }
+figcaption i { display: inline-block; width: 1.1rem; margin-right: .4rem; border-top: 2px solid; vertical-align: middle }
+.swatch { display: inline-block; width: .75em; height: .75em; margin-right: .5em; border-radius: 2px; outline: 1px solid #8886 }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .9rem; line-height: 1.35; overflow-wrap: normal }
+th { font-weight: 400; white-space: nowrap }
+thead { color: var(--muted) }
+tr { break-inside: avoid }
+tfoot { display: table-row-group }
+.classes { width: 100% }
+.classes :is(th, td) { padding: .3rem 0 .3rem 1.2rem; text-align: right; border-bottom: 1px solid var(--line) }
+.classes th:first-child { padding-left: 0; text-align: left }
+.classes tfoot :is(th, td) { font-weight: 600; border: 0 }
+.bar { width: 45% }
+.bar div { height: .6rem; border-radius: 0 2px 2px 0; background: var(--blue) }
+tfoot .bar div { background: var(--muted) }
+.confusion { border-collapse: separate; border-spacing: 1px; font-size: .8rem; text-align: center }
+.confusion th { position: sticky; left: 0; padding: 0 .5rem 0 0; text-align: right; background: var(--paper) }
+.confusion thead th { position: static; writing-mode: vertical-rl; rotate: 180deg; padding: .4rem 0; text-align: left }
+.confusion tbody td { min-width: 2.1rem; height: 2.1rem; border-radius: 3px; --hue: var(--orange);
+  background: color-mix(in srgb, var(--hue) calc(var(--heat, 0) * 1%), var(--soft)) }
+.confusion .right { --hue: var(--blue) }
+.confusion .deep { color: var(--paper) }
+.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: .5rem; break-inside: avoid }
+@media print { :root { font-size: 10px } }
+@media screen and (max-width: 40rem) {
+  svg { font-size: 15px }
+  .tiles { grid-template-columns: 1fr 1fr }
+  .classes { font-size: .75rem }
+  .classes :is(th, td) { padding-left: .4rem }
+  .confusion { font-size: .7rem }
+  .confusion tbody td { min-width: 1.45rem; height: 1.45rem }
+}
+"""
+
+# ----------------------------------------------------------------------------------------------------------------- curves
+
+
+def read_curves(log: Path) -> dict[str, np.ndarray]:
+    """loss over the steps, miou and pixel_accuracy over the epochs: (n, 2) float64 each, from a metrics.jsonl.
+
+    Of several records of a step or an epoch the last one counts: a resumed run repeats what came after its checkpoint.
+    """
+    values: dict[str, dict[int, float | None]] = {"loss": {}, "miou": {}, "pixel_accuracy": {}}
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # incomplete, as the last line of a killed run may be
+            continue
+        for name in values.keys() & record.keys():
+            values[name][record["step" if name == "loss" else "epoch"]] = record[name]
+    arrays = {name: np.array(sorted(curve.items()), float).reshape(-1, 2) for name, curve in values.items()}
+    return {name: array[np.isfinite(array[:, 1])] for name, array in arrays.items()}  # None has become NaN
+
+
+def smooth(curve: np.ndarray) -> np.ndarray:
+    """The median of a tenth of the curve around each of its points, of less near its ends."""
+    half = len(curve) // 20
+    windows = [curve[max(0, i - half) : i + min(half, i) + 1, 1] for i in range(len(curve))]
+    return np.stack([curve[:, 0], [np.median(window) for window in windows]], 1)
+
+
+def ticks(end: float) -> list[float]:
+    """At most six multiples of 1, 2 or 5 times a power of ten, from 0 up to `end` > 0."""
+    power = 10.0 ** math.floor(math.log10(end / 5))
+    step = next(factor * power for factor in (1, 2, 5, 10) if 5 * factor * power >= end * (1 - 1e-9))
+    return [step * i for i in range(int(end / step + 1e-9) + 1)]
+
+
+def chart(curves: dict[str, np.ndarray], top: float, x_title: str) -> str:
+    """Curves, {CSS class: (n, 2) points}, as inline SVG over axes that start at 0; what is above `top` is drawn at `top`."""
+    left, right, upper, lower = 44, 456, 8, 206
+    last = max(1, *(curve[-1, 0] for curve in curves.values()))
+    parts = [f'<text x="{(left + right) / 2}" y="{lower + 38}" text-anchor="middle">{x_title}</text>']
+    for value in ticks(top):
+        y = lower - (lower - upper) * value / top
+        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.6g}</text>')
+    for value in ticks(max(last, 5)):  # of steps or epochs: 5 and more have whole ticks
+        if value <= last:
+            x = left + (right - left) * value / last
+            parts.append(f'<text x="{x:.1f}" y="{lower + 18}" text-anchor="middle">{value:,.0f}</text>')
+    for name, curve in curves.items():
+        x = left + (right - left) * curve[:, 0] / last
+        y = lower - (lower - upper) * np.minimum(curve[:, 1], top) / top
+        places = [f"{a:.1f},{b:.1f}" for a, b in zip(x, y)]
+        parts.append(f'<path class="{name}" d="M{" ".join(places)}h0"/>')  # h0: a single point becomes a dot
+    return f'<svg viewBox="0 0 480 250" role="img">{"".join(parts)}</svg>'
+
+
+def training_curves(log: Path) -> str:
+    """The charts of a run: its loss; its mIoU and pixel accuracy in per cent."""
+    curves = read_curves(log) if log.is_file() else {}
+    figures = []
+    if len(loss := curves.get("loss", ())):
+        loss = loss[:: math.ceil(len(loss) / 500)]
+        median = smooth(loss)
+        caption = f'<span><i class="blue"></i>training loss, running median: last {median[-1, 1]:.4g}</span>'
+        figures.append((chart({"raw": loss, "blue": median}, 1.05 * median[:, 1].max() or 1, "step"), caption))
+    scores, caption = {}, ""
+    for colour, name, title in (("blue", "miou", "mIoU"), ("orange", "pixel_accuracy", "pixel accuracy")):
+        if len(curve := curves.get(name, ())):
+            scores[colour] = curve * (1, 100)
+            epoch, best = scores[colour][curve[:, 1].argmax()]
+            caption += f'<span><i class="{colour}"></i>{title}, %: best {best:.2f} in epoch {epoch:.0f}</span>'
+    if scores:
+        figures.append((chart(scores, 100, "epoch"), caption))
+    if not figures:
+        return "<p>No curves: the weights are not in the checkpoints folder of a run that has logs/metrics.jsonl.</p>"
+    figures = [f'<figure>{svg}<figcaption class="legend">{caption}</figcaption></figure>' for svg, caption in figures]
+    return f'<div class="charts">{"".join(figures)}</div>'
+
+
+# ----------------------------------------------------------------------------------------------------------------- tables
+
+
+def class_label(classes: Classes, i: int) -> str:
+    """Colour and name of a class."""
+    return f'<i class="swatch" style="background:rgb{tuple(classes.colours[i])}"></i>{escape(classes.names[i])}'
+
+
+def class_table(result: dict, confusion: np.ndarray, classes: Classes) -> str:
+    """IoU of each class as bar and number, recall, precision, share of the labelled pixels, and iIoU where there is one."""
+    truth, predicted, total = confusion.sum(1), confusion.sum(0), confusion.sum()
+    titles, means = ["class, in %", "", "IoU", "recall", "precision", "pixels"], ["", "", ""]
+    class_iiou = result.get("class_iiou")
+    if class_iiou:
+        titles.append("iIoU")
+        means.append(percent(result["miiou"]))
+    rows = []
+    for i, name in enumerate(classes.names):
+        pairs = (confusion[i, i], truth[i]), (confusion[i, i], predicted[i]), (truth[i], total)
+        values = [part / of if of else None for part, of in pairs]
+        values += [class_iiou.get(name)] if class_iiou else []
+        rows.append(class_row(class_label(classes, i), result["class_iou"][name], map(percent, values)))
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    foot = class_row("mean", result["miou"], means)
+    parts = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody><tfoot>{foot}</tfoot>"
+    note = "<p>Pixels: share of the labelled ones. A dash: nothing to count; no mean includes it.</p>"
+    return f'<div class="wide"><table class="classes">{parts}</table></div>{note}'
+
+
+def class_row(label: str, iou: float | None, cells: Iterable[str]) -> str:
+    bar = f'<td class="bar"><div style="width:{100 * (iou or 0):.2f}%"></div></td>'
+    return f"<tr><th>{label}</th>{bar}{''.join(f'<td>{cell}</td>' for cell in (percent(iou), *cells))}</tr>"
+
+
+def confusion_table(confusion: np.ndarray, names: Sequence[str]) -> str:
+    """A row for each class of the truth: the share of its pixels that each class was predicted for, in per cent."""
+    rows = []
+    for i, name in enumerate(names):
+        cells = []
+        for j, share in enumerate(100 * confusion[i] / max(1, confusion[i].sum())):
+            style = f"{'right' if i == j else 'wrong'}{' deep' if share > 40 else ''}"
+            heat = 10 * math.sqrt(share)  # the root makes small shares visible
+            cells.append(f'<td class="{style}" style="--heat:{heat:.0f}">{f"{share:.0f}" if share >= 0.5 else ""}</td>')
+        rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
+    head = "<td>truth ↓ &nbsp;predicted →</td>" + "".join(f"<th>{escape(name)}</th>" for name in names)
+    note = "<p>Share of the pixels of a class, a row, for which each class was predicted, in %.</p>"
+    table = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'{note}<div class="wide"><table class="confusion">{table}</table></div>'
+
+
+def definitions(values: dict[str, object], style: str = "") -> str:
+    """Names and values as a list."""
+    rows = []
+    for name, value in values.items():
+        value = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        rows.append(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>")
+    return f'<dl class="{style}">{"".join(rows)}</dl>'
+
+
+# --------------------------------------------------------------------------------------------------------------- pictures
+
+
+def data_uri(picture: Image.Image, kind: str) -> str:
+    """The picture, at most 480 pixels wide, as text within the page."""
+    picture.thumbnail((480, 1920), Image.Resampling.BOX)
+    file = io.BytesIO()
+    picture.save(file, kind, quality=85)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def pictures(image: Tensor, label: Tensor, prediction: Tensor, classes: Classes) -> dict[str, str]:
+    """{caption: data URI} of (H, W, 3) uint8 RGB and two (H, W) uint8 label maps."""
+    photograph = Image.fromarray(image.numpy())
+    label, prediction = label.numpy(), prediction.cpu().numpy()
+    errors = np.array(photograph.convert("L").convert("RGB")) // 2 + 96
+    errors[label != prediction] = 224, 108, 30
+    errors[label == IGNORE] = 0
+    return {
+        "image": data_uri(photograph, "jpeg"),
+        "truth": data_uri(classes.colour_map(label), "png"),
+        "prediction": data_uri(classes.colour_map(prediction), "png"),
+        "errors": data_uri(Image.fromarray(errors), "jpeg"),
+    }
+
+
+def worst_images(rows: Sequence[tuple[str, float, float, dict[str, str]]], classes: Classes) -> str:
+    """Rows of name, pixel accuracy, mIoU and `pictures`."""
+    parts = [f"<p>The {len(rows)} with the lowest pixel accuracy. Errors are orange, pixels without a label black.</p>"]
+    legend = (f"<span>{class_label(classes, i)}</span>" for i in range(len(classes.names)))
+    parts.append(f'<div class="legend">{"".join(legend)}</div>')
+    for name, accuracy, miou, tiles in rows:
+        scores = f"<span>pixel accuracy {percent(accuracy)} %</span> <span>mIoU {percent(miou)} %</span>"
+        parts.append(f'<h3>{escape(name)} {scores}</h3><div class="tiles">')
+        for caption, uri in tiles.items():
+            picture = f'<img src="{uri}" alt="{caption} of {escape(name)}">'
+            parts.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
+        parts.append("</div>")
+    return "".join(parts)
+
+
+# --------------------------------------------------------------------------------------------------------------- the page
+
+
+def make_page(title: str, result: dict, facts: dict[str, object], sections: dict[str, str]) -> str:
+    """The page as HTML: key figures, facts, and sections, {heading: HTML}."""
+    names = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "miiou": "iIoU", "category_miou": "mIoU of categories"}
+    key = (
+        f"<div><b>{percent(result[key])} %</b>{name}</div>"
+        for key, name in names.items()
+        if result.get(key) is not None
+    )
+    body = [f'<h1>{escape(title)}</h1><div class="key">{"".join(key)}</div>{definitions(facts)}']
+    body += [f"<h2>{heading}</h2>\n{section}" for heading, section in sections.items() if section]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    body = "\n".join(body)
+    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>{body}</body></html>\n'
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of tools/report.py."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_protocol_flags(parser)
+    parser.add_argument("--out", metavar="FILE", default="runs/report.html", help="the page (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=6, metavar="N", help="worst images shown (default: %(default)s)")
+    return parser
+
+
+def evaluate_split(
+    segment: Callable[[Tensor], Tensor], dataset: SegmentationDataset, workers: int, rank: int, world_size: int
+) -> tuple[dict, np.ndarray, list[tuple[float, float, int]]]:
+    """The split's metrics and confusion matrix, and (pixel accuracy, mIoU, index) of every image that has labels."""
+    classes = dataset.classes
+    confusion = torch.zeros(len(classes.names), len(classes.names), dtype=torch.int64)
+    instances = InstanceScores() if all(sample.instances for sample in dataset.samples) else None
+    scores = []
+    for index, _, label, prediction in evaluate(segment, dataset, workers=workers, rank=rank, world_size=world_size):
+        own = confusion_matrix(prediction, label, len(classes.names)).cpu()
+        confusion += own
+        if instances:
+            instances.add(prediction, dataset.read_instances(index))
+        figures = metrics(own, classes)
+        if figures["miou"] is not None:
+            scores.append((figures["pixel_accuracy"], figures["miou"], index))
+    confusion = sum(gathered([confusion], world_size))
+    result = metrics(confusion, classes)
+    if instances:
+        instances.weighted = sum(gathered([instances.weighted], world_size))
+        result |= instances.metrics(confusion)
+    return result, confusion.numpy(), gathered(scores, world_size)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes the page as the command line says."""
+    args = get_args_parser().parse_args(argv)
+    checkpoint, model, dataset = open_for_evaluation(args)
+    device, rank, world_size = start_processes(args.device)
+    segment = make_segment(args, model, device)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # rather now than after the evaluation
+    result, confusion, scores = evaluate_split(segment, dataset, args.workers, rank, world_size)
+    if rank != 0:
+        return
+    classes, worst = dataset.classes, []
+    for accuracy, miou, index in sorted(scores)[: args.images]:
+        image, label = dataset[index]
+        tiles = pictures(image, label, segment(image[None])[0], classes)
+        worst.append((os.path.relpath(dataset.samples[index].image, args.data), accuracy, miou, tiles))
+    facts = {
+        "weights": args.weights + (f", epoch {checkpoint['epoch']}" if "epoch" in checkpoint else ""),
+        "data": f"{args.data}, {args.dataset} {args.split}, {len(dataset)} images",
+        **{name: getattr(args, name) for name in ("scales", "flip", "window") if getattr(args, name)},
+        "device": f"{name_of(device)}, {segment.precision}",
+        "torch": torch.__version__,
+        "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
+    }
+    sections = {
+        "Training": training_curves(Path(args.weights).resolve().parent.parent / "logs" / "metrics.jsonl"),
+        "Classes": class_table(result, confusion, classes),
+        "Confusion matrix": confusion_table(confusion, classes.names),
+        "Worst images": worst_images(worst, classes) if worst else "",
+        "Arguments of the training": definitions(checkpoint["args"], "many") if "args" in checkpoint else "",
+    }
+    page = make_page(f"Fast-SCNN on {Path(args.data).resolve().name}, {args.split}", result, facts, sections)
+    Path(args.out).write_text(page, encoding="utf-8", errors="backslashreplace")  # file names may be no text
+    print(f"wrote {args.out}")
+    print(json.dumps({"report": args.out, "images": len(dataset), "miou": result["miou"]}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main, (DataError, CheckpointError)))
