@@ -16,8 +16,9 @@ import io
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -54,53 +55,48 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 70rem; background: 
 h1 { margin: 0; font-size: 1.7rem; line-height: 1.2 }
 h2 { margin: 3rem 0 .75rem; font-size: 1.2rem; break-after: avoid }
 h3 { margin: 1.75rem 0 .4rem; font-size: .9rem; display: flex; flex-wrap: wrap; gap: 0 .9rem; break-after: avoid }
-p, figcaption, dt, h3 span { color: var(--muted); font-weight: 400 }
-p { margin: .25rem 0 1rem; max-width: 44rem; break-after: avoid }
+p, figcaption, dt, thead, h3 span, .key { color: var(--muted); font-weight: 400 }
+p { margin: .25rem 0 1rem; break-after: avoid }
 dl { margin: 0; columns: 2 26rem; font-size: .9rem }
-dl.many { columns: 3 17rem }
+dl.narrow { columns: 3 17rem }
 dl div { display: flex; gap: .75rem; break-inside: avoid }
-dt { flex: 0 0 5rem }
-.many dt { flex: 0 0 9rem }
+dt { flex: 0 0 8rem }
 dd { margin: 0; min-width: 0 }
 figure { margin: 0; min-width: 0; font-size: .85rem }
 img { display: block; width: 100%; border-radius: 3px }
 .key { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1.5rem 0 }
-.key div { padding: .8rem 1rem; border-radius: .5rem; background: var(--soft); color: var(--muted); font-size: .9rem }
+.key div { padding: .8rem 1rem; border-radius: .5rem; background: var(--soft); font-size: .9rem }
 .key b { display: block; color: var(--ink); font-size: 1.9rem; line-height: 1.25; font-weight: 600; white-space: nowrap }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem 2.5rem }
 svg { display: block; width: 100%; font-size: 12px; fill: var(--muted) }
 svg line { stroke: var(--line) }
 svg path { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
-.blue { color: var(--blue) }
-.orange { color: var(--orange) }
 svg .raw { color: var(--blue); stroke-width: 1; opacity: .35 }
+.blue { color: var(--blue); --hue: var(--blue) }
+.orange { color: var(--orange); --hue: var(--orange) }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; font-size: .85rem }
 figcaption i { display: inline-block; width: 1.1rem; margin-right: .4rem; border-top: 2px solid; vertical-align: middle }
 .swatch { display: inline-block; width: .75em; height: .75em; margin-right: .5em; border-radius: 2px; outline: 1px solid #8886 }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem; line-height: 1.35; overflow-wrap: normal }
 th { font-weight: 400; white-space: nowrap }
-thead { color: var(--muted) }
 tr { break-inside: avoid }
-tfoot { display: table-row-group }
-.classes { width: 100% }
-.classes :is(th, td) { padding: .3rem 0 .3rem 1.2rem; text-align: right; border-bottom: 1px solid var(--line) }
+.classes { width: 100%; text-align: right }
+.classes :is(th, td) { padding: .3rem 0 .3rem 1.2rem; border-bottom: 1px solid var(--line) }
 .classes th:first-child { padding-left: 0; text-align: left }
-.classes tfoot :is(th, td) { font-weight: 600; border: 0 }
 .bar { width: 45% }
 .bar div { height: .6rem; border-radius: 0 2px 2px 0; background: var(--blue) }
-tfoot .bar div { background: var(--muted) }
 .confusion { border-collapse: separate; border-spacing: 1px; font-size: .8rem; text-align: center }
 .confusion th { position: sticky; left: 0; padding: 0 .5rem 0 0; text-align: right; background: var(--paper) }
 .confusion thead th { position: static; writing-mode: vertical-rl; rotate: 180deg; padding: .4rem 0; text-align: left }
-.confusion tbody td { min-width: 2.1rem; height: 2.1rem; border-radius: 3px; --hue: var(--orange);
-  background: color-mix(in srgb, var(--hue) calc(var(--heat, 0) * 1%), var(--soft)) }
-.confusion .right { --hue: var(--blue) }
-.confusion .deep { color: var(--paper) }
+.confusion tbody td { min-width: 2.1rem; height: 2.1rem; border-radius: 3px; color: var(--ink);
+  background: color-mix(in srgb, var(--hue) calc(var(--heat) * 1%), var(--soft)) }
+.confusion tbody .deep { color: var(--paper) }
 .tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: .5rem; break-inside: avoid }
 @media print { :root { font-size: 10px } }
 @media screen and (max-width: 40rem) {
   svg { font-size: 15px }
+  dt { flex-basis: 5rem }
   .tiles { grid-template-columns: 1fr 1fr }
   .classes { font-size: .75rem }
   .classes :is(th, td) { padding-left: .4rem }
@@ -143,7 +139,7 @@ def ticks(end: float) -> list[float]:
     return [step * i for i in range(int(end / step + 1e-9) + 1)]
 
 
-def chart(curves: dict[str, np.ndarray], top: float, x_title: str) -> str:
+def chart(curves: dict[str, np.ndarray], top: float, x_title: str, captions: dict[str, str]) -> str:
     """Curves, {CSS class: (n, 2) points}, as inline SVG over axes that start at 0; what is above `top` is drawn at `top`."""
     left, right, upper, lower = 44, 456, 8, 206
     last = max(1, *(curve[-1, 0] for curve in curves.values()))
@@ -152,39 +148,38 @@ def chart(curves: dict[str, np.ndarray], top: float, x_title: str) -> str:
         y = lower - (lower - upper) * value / top
         parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.6g}</text>')
-    for value in ticks(max(last, 5)):  # of steps or epochs: 5 and more have whole ticks
+    for value in ticks(max(last, 5)):  # steps or epochs: from 5 on the ticks are integers
         if value <= last:
             x = left + (right - left) * value / last
             parts.append(f'<text x="{x:.1f}" y="{lower + 18}" text-anchor="middle">{value:,.0f}</text>')
     for name, curve in curves.items():
         x = left + (right - left) * curve[:, 0] / last
         y = lower - (lower - upper) * np.minimum(curve[:, 1], top) / top
-        places = [f"{a:.1f},{b:.1f}" for a, b in zip(x, y)]
-        parts.append(f'<path class="{name}" d="M{" ".join(places)}h0"/>')  # h0: a single point becomes a dot
-    return f'<svg viewBox="0 0 480 250" role="img">{"".join(parts)}</svg>'
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
+        parts.append(f'<path class="{name}" d="M{path}h0"/>')  # h0: a single point becomes a dot
+    legend = "".join(f'<span><i class="{name}"></i>{caption}</span>' for name, caption in captions.items())
+    svg = f'<svg viewBox="0 0 480 250" role="img">{"".join(parts)}</svg>'
+    return f'<figure>{svg}<figcaption class="legend">{legend}</figcaption></figure>'
 
 
 def training_curves(log: Path) -> str:
     """The charts of a run: its loss; its mIoU and pixel accuracy in per cent."""
     curves = read_curves(log) if log.is_file() else {}
-    figures = []
+    charts = []
     if len(loss := curves.get("loss", ())):
         loss = loss[:: math.ceil(len(loss) / 500)]
         median = smooth(loss)
-        caption = f'<span><i class="blue"></i>training loss, running median: last {median[-1, 1]:.4g}</span>'
-        figures.append((chart({"raw": loss, "blue": median}, 1.05 * median[:, 1].max() or 1, "step"), caption))
-    scores, caption = {}, ""
-    for colour, name, title in (("blue", "miou", "mIoU"), ("orange", "pixel_accuracy", "pixel accuracy")):
-        if len(curve := curves.get(name, ())):
-            scores[colour] = curve * (1, 100)
-            epoch, best = scores[colour][curve[:, 1].argmax()]
-            caption += f'<span><i class="{colour}"></i>{title}, %: best {best:.2f} in epoch {epoch:.0f}</span>'
-    if scores:
-        figures.append((chart(scores, 100, "epoch"), caption))
-    if not figures:
+        caption = {"blue": f"training loss, running median: last {median[-1, 1]:.4g}"}
+        charts.append(chart({"raw": loss, "blue": median}, 1.05 * median[:, 1].max() or 1, "step", caption))
+    if len(curves.get("miou", ())):
+        scores = {"blue": curves["miou"] * (1, 100), "orange": curves["pixel_accuracy"] * (1, 100)}
+        best = {colour: curve[curve[:, 1].argmax()] for colour, curve in scores.items()}
+        titles = {"blue": "mIoU", "orange": "pixel accuracy"}
+        captions = {name: f"{titles[name]}, %: best {y:.2f} in epoch {x:.0f}" for name, (x, y) in best.items()}
+        charts.append(chart(scores, 100, "epoch", captions))
+    if not charts:
         return "<p>No curves: the weights are not in the checkpoints folder of a run that has logs/metrics.jsonl.</p>"
-    figures = [f'<figure>{svg}<figcaption class="legend">{caption}</figcaption></figure>' for svg, caption in figures]
-    return f'<div class="charts">{"".join(figures)}</div>'
+    return f'<div class="charts">{"".join(charts)}</div>'
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables
@@ -198,51 +193,48 @@ def class_label(classes: Classes, i: int) -> str:
 def class_table(result: dict, confusion: np.ndarray, classes: Classes) -> str:
     """IoU of each class as bar and number, recall, precision, share of the labelled pixels, and iIoU where there is one."""
     truth, predicted, total = confusion.sum(1), confusion.sum(0), confusion.sum()
-    titles, means = ["class, in %", "", "IoU", "recall", "precision", "pixels"], ["", "", ""]
     class_iiou = result.get("class_iiou")
-    if class_iiou:
-        titles.append("iIoU")
-        means.append(percent(result["miiou"]))
-    rows = []
+    titles = ["class, in %", "", "IoU", "recall", "precision", "pixels"] + (["iIoU"] if class_iiou else [])
+    rows = ["".join(f"<th>{title}</th>" for title in titles)]
     for i, name in enumerate(classes.names):
-        pairs = (confusion[i, i], truth[i]), (confusion[i, i], predicted[i]), (truth[i], total)
-        values = [part / of if of else None for part, of in pairs]
+        iou, hits = result["class_iou"][name], confusion[i, i]
+        ratios = ((hits, truth[i]), (hits, predicted[i]), (truth[i], total))
+        values = [iou, *(part / of if of else None for part, of in ratios)]
         values += [class_iiou.get(name)] if class_iiou else []
-        rows.append(class_row(class_label(classes, i), result["class_iou"][name], map(percent, values)))
-    head = "".join(f"<th>{title}</th>" for title in titles)
-    foot = class_row("mean", result["miou"], means)
-    parts = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody><tfoot>{foot}</tfoot>"
-    note = "<p>Pixels: share of the labelled ones. A dash: nothing to count; no mean includes it.</p>"
-    return f'<div class="wide"><table class="classes">{parts}</table></div>{note}'
-
-
-def class_row(label: str, iou: float | None, cells: Iterable[str]) -> str:
-    bar = f'<td class="bar"><div style="width:{100 * (iou or 0):.2f}%"></div></td>'
-    return f"<tr><th>{label}</th>{bar}{''.join(f'<td>{cell}</td>' for cell in (percent(iou), *cells))}</tr>"
+        bar = f'<td class="bar"><div style="width:{100 * (iou or 0):.2f}%"></div></td>'
+        cells = "".join(f"<td>{percent(value)}</td>" for value in values)
+        rows.append(f"<th>{class_label(classes, i)}</th>{bar}{cells}")
+    note = "<p>Pixels: share of the labelled ones. A dash: there is nothing to count, and no mean includes it.</p>"
+    return note + table("classes", rows)
 
 
 def confusion_table(confusion: np.ndarray, names: Sequence[str]) -> str:
     """A row for each class of the truth: the share of its pixels that each class was predicted for, in per cent."""
-    rows = []
+    rows = ["<td>truth ↓ &nbsp;predicted →</td>" + "".join(f"<th>{escape(name)}</th>" for name in names)]
     for i, name in enumerate(names):
         cells = []
         for j, share in enumerate(100 * confusion[i] / max(1, confusion[i].sum())):
-            style = f"{'right' if i == j else 'wrong'}{' deep' if share > 40 else ''}"
+            style = f"{'blue' if i == j else 'orange'}{' deep' if share > 40 else ''}"
             heat = 10 * math.sqrt(share)  # the root makes small shares visible
             cells.append(f'<td class="{style}" style="--heat:{heat:.0f}">{f"{share:.0f}" if share >= 0.5 else ""}</td>')
-        rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
-    head = "<td>truth ↓ &nbsp;predicted →</td>" + "".join(f"<th>{escape(name)}</th>" for name in names)
+        rows.append(f"<th>{escape(name)}</th>{''.join(cells)}")
     note = "<p>Share of the pixels of a class, a row, for which each class was predicted, in %.</p>"
-    table = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    return f'{note}<div class="wide"><table class="confusion">{table}</table></div>'
+    return note + table("confusion", rows)
+
+
+def table(style: str, rows: Sequence[str]) -> str:
+    """A table of rows of cells, the first of which is its head."""
+    head, *body = (f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="wide"><table class="{style}"><thead>{head}</thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
 def definitions(values: dict[str, object], style: str = "") -> str:
-    """Names and values as a list."""
+    """Names and values as a list, without those that are None or empty."""
     rows = []
     for name, value in values.items():
-        value = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        rows.append(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>")
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if value is not None and text:
+            rows.append(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>")
     return f'<dl class="{style}">{"".join(rows)}</dl>'
 
 
@@ -353,20 +345,26 @@ def main(argv: list[str] | None = None) -> None:
         image, label = dataset[index]
         tiles = pictures(image, label, segment(image[None])[0], classes)
         worst.append((os.path.relpath(dataset.samples[index].image, args.data), accuracy, miou, tiles))
+    logs = Path(args.weights).resolve().parent.parent / "logs"
+    train_log = (logs / "train.log").read_text(encoding="utf-8") if (logs / "train.log").is_file() else ""
+    commits = list(dict.fromkeys(re.findall(r"^code (\S+)", train_log, re.MULTILINE)))  # several for a resumed run
     facts = {
         "weights": args.weights + (f", epoch {checkpoint['epoch']}" if "epoch" in checkpoint else ""),
         "data": f"{args.data}, {args.dataset} {args.split}, {len(dataset)} images",
-        **{name: getattr(args, name) for name in ("scales", "flip", "window") if getattr(args, name)},
+        "scales": args.scales,
+        "flip": args.flip,
+        "window": args.window,
         "device": f"{name_of(device)}, {segment.precision}",
         "torch": torch.__version__,
+        "commit": commits,
         "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
     }
     sections = {
-        "Training": training_curves(Path(args.weights).resolve().parent.parent / "logs" / "metrics.jsonl"),
+        "Training": training_curves(logs / "metrics.jsonl"),
         "Classes": class_table(result, confusion, classes),
         "Confusion matrix": confusion_table(confusion, classes.names),
         "Worst images": worst_images(worst, classes) if worst else "",
-        "Arguments of the training": definitions(checkpoint["args"], "many") if "args" in checkpoint else "",
+        "Arguments of the training": definitions(checkpoint["args"], "narrow") if "args" in checkpoint else "",
     }
     page = make_page(f"Fast-SCNN on {Path(args.data).resolve().name}, {args.split}", result, facts, sections)
     Path(args.out).write_text(page, encoding="utf-8", errors="backslashreplace")  # file names may be no text

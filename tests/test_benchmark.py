@@ -1,0 +1,102 @@
+"""tools/benchmark.py: what it times, the JSON object that it prints, and packages that are missing."""
+
+import functools
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+import train
+from conftest import last_json, run_script
+from launch import UsageError, start_processes
+from model import FastSCNN
+from tools import benchmark
+
+STEPS = ("--crop-size", "32", "64", "--batch-size", "2", "--workers", "0", "--device", "cpu")
+
+
+def test_the_json_object_of_one_size(capsys):
+    flags = ["--size", "64", "96", "--batch-size", "2", "--repeats", "5", "--device", "cpu", "--amp", "off"]
+    benchmark.main(flags)
+    out = capsys.readouterr().out
+    result = last_json(out)
+    assert {key: result[key] for key in ("device", "precision", "size", "batch_size")} == {
+        "device": "cpu", "precision": "fp32", "size": [64, 96], "batch_size": 2,
+    }  # fmt: skip
+    assert result["params"] == sum(parameter.numel() for parameter in FastSCNN().parameters())
+    times = result["latency_ms"]
+    assert 0 < times["min"] <= times["median"] <= times["p95"]
+    assert result["fps"] == pytest.approx(2000 / times["median"], rel=1e-3)
+    assert f"64x96, fp32: {times['median']:.1f} ms" in out and "sizes" not in result
+
+
+def test_the_papers_sizes_stages_and_other_runtimes(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "PAPER_SIZES", ((64, 96), (40, 40)))
+    others = ["eager", "channels_last"]
+    benchmark.main(["--repeats", "2", "--device", "cpu", "--stages", "--against", *others])
+    result = last_json(capsys.readouterr().out)
+    assert [each["size"] for each in result["sizes"]] == [[64, 96], [40, 40]] and result["size"] == [64, 96]
+    for each in result["sizes"]:
+        assert set(each["against"]) == set(others) and sum(each["stages_ms"].values()) > 0
+
+
+def test_latency_leaves_the_warm_up_out():
+    calls = []
+
+    def segment(images):
+        calls.append(images)
+        time.sleep(0.2 if len(calls) <= benchmark.WARMUP else 0.01)
+        return images
+
+    figures = benchmark.latency_ms(segment, torch.zeros(1), repeats=4)
+    assert len(calls) == benchmark.WARMUP + 4 and 10 <= figures["min"] <= figures["median"] <= figures["p95"] < 200
+
+
+@pytest.mark.parametrize("name", ["eager", "channels_last", "compile", "onnxruntime"])
+def test_other_runtimes_compute_the_same(name, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # Inductor takes 40 s
+    torch.manual_seed(0)
+    model = FastSCNN(5)
+    images = torch.randint(0, 256, (2, 64, 96, 3), dtype=torch.uint8)
+    segment = benchmark.RUNTIMES[name](model, images, torch.device("cpu"))
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    pixels = (images.permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.no_grad():
+        expected = model.eval()(pixels).argmax(1)
+    assert segment(images).dtype == torch.uint8 and (segment(images) == expected).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("name, package", [("onnxruntime", "onnx"), ("openvino", "openvino")])
+def test_missing_packages_are_named(monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UsageError, match=f"needs the package {package}: pip install {package}"):
+        benchmark.main(["--size", "64", "96", "--repeats", "1", "--device", "cpu", "--against", name])
+
+
+def test_wrong_flags_are_one_line():
+    done = run_script("tools/benchmark.py", "--size", "16", "64")
+    assert (done.returncode, done.stderr) == (2, "benchmark.py: --size 16 64: expected at least 32 pixels each\n")
+    with pytest.raises(UsageError, match="unrecognized arguments: --repeats 3"):  # which training does not use
+        benchmark.main(["--train", "2", "--repeats", "3"])
+
+
+def test_training_is_timed_in_two_processes(drawn, tmp_path):
+    flags = ("--train", "2", "--data", drawn, "--cache", "ram", "--class-balance", "0.5", *STEPS, "--batch-size", "4")
+    done = run_script("tools/benchmark.py", *flags, processes=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)  # of one process alone
+    assert (result["processes"], result["batch_size"], result["crop_size"]) == (2, 4, [32, 64])
+    for name in ("loader_images_per_s", "step_images_per_s", "images_per_s", "peak_memory_mib"):
+        assert result[name] > 0
+    assert list(result["step_ms"]) == ["input", "forward", "loss", "backward", "optimiser", "rest"]
+    assert not list(tmp_path.iterdir())  # nothing is written
+
+
+def test_a_rate_is_images_of_the_batch_by_time(drawn):
+    args = train.parse_args(["--data", str(drawn), *STEPS, "--amp", "off"])
+    run = train.Run(args, train.open_datasets(args), *start_processes("cpu"))
+    calls = []
+    rate = benchmark.images_per_s(run, 3, lambda: (calls.append(1), time.sleep(0.1)))
+    assert len(calls) == 3 and 10 < rate <= 20.01  # three batches of two images, a tenth of a second each

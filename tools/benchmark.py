@@ -1,0 +1,290 @@
+"""Times inference, from an RGB image in memory to a label map in memory, or training.
+
+    python tools/benchmark.py                                             # the paper's three sizes
+    python tools/benchmark.py --size 512 1024 --stages --against eager compile onnxruntime openvino-bf16
+    python tools/benchmark.py --train 20 --data datasets/cityscapes --cache ram    # with the flags of train.py
+
+Inference needs no weights. Training times the loader alone, the step alone and both, and writes nothing; under torchrun it shares
+the batch out as train.py does. The last line on stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train
+from data import MEAN, STD, DataError
+from launch import AMP_DTYPES, OneLineParser, UsageError, exit_status, import_option, name_of, start_processes
+from model import MIN_SIZE, VARIANTS, CheckpointError, FastSCNN, load_weights
+from ops_ext import accelerate, fast_precision
+
+PAPER_SIZES = ((1024, 2048), (512, 1024), (256, 512))  # height and width in pixels, table 8
+WARMUP = 3  # runs or steps before those that count
+
+# -------------------------------------------------------------------------------------------------------- other runtimes
+
+Segment = Callable[[Tensor], Tensor]  # from (N, H, W, 3) uint8 RGB to (N, H, W) uint8 labels
+
+
+class ImagesToLabels(nn.Module):
+    """The network in plain PyTorch: (N, H, W, 3) uint8 RGB -> (N, H, W) uint8 labels.
+
+    planes: make the input contiguous as (N, 3, H, W), as torchvision's ToTensor does; else it is in channels_last.
+    """
+
+    def __init__(self, model: FastSCNN, planes: bool = False):
+        super().__init__()
+        self.model, self.planes = copy.deepcopy(model).eval().requires_grad_(False), planes
+        self.register_buffer("shift", torch.tensor(MEAN).view(3, 1, 1) * 255)
+        self.register_buffer("scale", 1 / (torch.tensor(STD).view(3, 1, 1) * 255))
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = (images.permute(0, 3, 1, 2) - self.shift) * self.scale  # (N, 3, H, W)
+        return self.model(pixels.contiguous() if self.planes else pixels).argmax(1).to(torch.uint8)
+
+
+def in_pytorch(
+    model: FastSCNN, _images: Tensor, device: torch.device, *, planes=False, compile_mode="", bf16=False
+) -> Segment:
+    network = ImagesToLabels(model, planes).to(device)
+    if compile_mode:
+        network = torch.compile(network, mode=compile_mode, dynamic=False)
+
+    @torch.no_grad()
+    def segment(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return network(images.to(device))
+
+    return segment
+
+
+def write_onnx(model: FastSCNN, images: Tensor, path: str) -> None:
+    """Writes the network for images of this size."""
+    for package in ("onnx", "onnxscript"):
+        import_option(package, "--against onnxruntime or openvino")
+    network = ImagesToLabels(model).eval()
+    torch.onnx.export(network, (images,), path, input_names=["images"], dynamo=True, verbose=False)
+
+
+def in_onnxruntime(model: FastSCNN, images: Tensor, _device: torch.device) -> Segment:
+    runtime = import_option("onnxruntime", "--against onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        write_onnx(model, images, f"{folder}/model.onnx")
+        session = runtime.InferenceSession(f"{folder}/model.onnx", options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def in_openvino(model: FastSCNN, images: Tensor, _device: torch.device, *, precision: str = "f32") -> Segment:
+    openvino = import_option("openvino", "--against openvino")
+    hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    hints["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        write_onnx(model, images, f"{folder}/model.onnx")
+        network = openvino.Core().compile_model(f"{folder}/model.onnx", "CPU", hints)
+    return lambda images: torch.from_numpy(network([images.numpy()])[0])
+
+
+RUNTIMES = {  # each makes a Segment of a network, for images of one size
+    "eager": functools.partial(in_pytorch, planes=True),
+    "channels_last": in_pytorch,
+    "compile": functools.partial(in_pytorch, compile_mode="default"),
+    "max-autotune": functools.partial(in_pytorch, compile_mode="max-autotune"),
+    "max-autotune-bf16": functools.partial(in_pytorch, compile_mode="max-autotune", bf16=True),
+    "onnxruntime": in_onnxruntime,
+    "openvino": in_openvino,
+    "openvino-bf16": functools.partial(in_openvino, precision="bf16"),
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- inference
+
+
+def latency_ms(segment: Segment, images: Tensor, repeats: int) -> dict[str, float]:
+    """Median, 95th percentile and minimum of the time from images in memory to labels in memory."""
+    times = []
+    for _ in range(WARMUP + repeats):
+        start = time.perf_counter()
+        segment(images).cpu()  # the copy waits for the device
+        times.append(1000 * (time.perf_counter() - start))
+    percentiles = {"median": 50, "p95": 95, "min": 0}
+    return {name: round(float(np.percentile(times[WARMUP:], each)), 3) for name, each in percentiles.items()}
+
+
+def time_inference(args: argparse.Namespace) -> dict:
+    """The latencies of all sizes; those of the first one also at the top level."""
+    model = load_weights(args.weights) if args.weights else FastSCNN(variant=args.variant)
+    device, _, _ = start_processes(args.device)
+    precision = fast_precision(device) if args.amp == "auto" else AMP_DTYPES[args.amp] or torch.float32
+    ours = accelerate(model, device=device, precision=precision)
+    params = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("aux_"))
+    results = []
+    for height, width in [args.size] if args.size else PAPER_SIZES:
+        shape = (args.batch_size, height, width, 3)
+        images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+        result = {"device": name_of(device), "precision": ours.precision, "size": [height, width]}
+        result |= {"batch_size": args.batch_size, "latency_ms": latency_ms(ours, images, args.repeats)}
+        result |= {"fps": round(1000 * args.batch_size / result["latency_ms"]["median"], 3), "params": params}
+        if args.stages:
+            result["stages_ms"] = ours.stages_ms(images)
+        if args.against:
+            runtimes = {name: RUNTIMES[name](model, images, device) for name in args.against}
+            result["against"] = {name: latency_ms(each, images, args.repeats) for name, each in runtimes.items()}
+        print_latencies(result)
+        results.append(result)
+    return {**results[0], "sizes": results} if len(results) > 1 else results[0]
+
+
+def print_latencies(result: dict) -> None:
+    """A line for each runtime, and for each part of the network."""
+    for name, ms in {result["precision"]: result["latency_ms"], **result.get("against", {})}.items():
+        fps = 1000 * result["batch_size"] / ms["median"]
+        print(f"{'{}x{}'.format(*result['size'])}, {name}: {ms['median']:.1f} ms, {fps:.1f} fps", flush=True)
+    for stage, ms in result.get("stages_ms", {}).items():
+        print(f"    {stage} {ms:.2f} ms")
+
+
+# --------------------------------------------------------------------------------------------------------------- training
+
+
+class Clock:
+    """Seconds from each mark to the one before it, added up by name; every mark waits for the device."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self.last = device, Counter(), 0.0
+        self.mark("start")
+
+    def mark(self, name: str) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[name] += now - self.last
+        self.last = now
+
+
+def batches(run: train.Run) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of all epochs."""
+    for epoch in itertools.count(1):
+        run.loader.batch_sampler.set_epoch(epoch)
+        yield from run.loader
+
+
+def images_per_s(run: train.Run, steps: int, work: Callable[[], object]) -> float:
+    """Of all processes, over `steps` calls of `work`, each of which is for one batch."""
+    clock = Clock(run.device)
+    for _ in range(steps):
+        work()
+    clock.mark("work")
+    return round(steps * run.args.batch_size / clock.seconds["work"], 2)
+
+
+def phases_ms(run: train.Run, steps: int, images: Tensor, target: Tensor) -> dict[str, float]:
+    """Mean times of the parts of a step. Hooks wait for the device between them, so their sum is more than a step."""
+    clock = Clock(run.device)
+    hooks = [
+        run.model.register_forward_pre_hook(lambda *_: clock.mark("input")),
+        run.model.register_forward_hook(lambda *_: clock.mark("forward")),
+        run.model.register_full_backward_pre_hook(lambda *_: clock.mark("loss")),  # forward and backward
+        run.optimizer.register_step_pre_hook(lambda *_: clock.mark("backward")),
+        run.optimizer.register_step_post_hook(lambda *_: clock.mark("optimiser")),
+    ]
+    for _ in range(steps):
+        train.train_step(run, images, target)
+        clock.mark("rest")
+    for hook in hooks:
+        hook.remove()
+    return {name: round(1000 * seconds / steps, 3) for name, seconds in clock.seconds.items() if name != "start"}
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Of this process since its start; of an accelerator, what PyTorch allocated there."""
+    if device.type != "cpu":
+        return torch.get_device_module(device).max_memory_allocated(device) / 2**20
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def time_training(steps: int, flags: list[str]) -> dict:
+    """Images a second of the loader, of the step, and of both; `flags` are those of train.py. Empty for other ranks than 0."""
+    args = train.parse_args(flags)
+    datasets = train.open_datasets(args)
+    device, rank, world_size = start_processes(args.device)
+    if device.type == "cpu":
+        train.keep_freed_memory()
+    memory_before = peak_memory_mib(device)
+    run = train.Run(args, datasets, device, rank, world_size)
+    run.ddp.train()
+    source, prefetched = batches(run), 2 * args.workers + 1
+    for _ in range(prefetched):
+        images, target = next(source)
+    result = {"device": name_of(device), "processes": world_size, "precision": args.amp, "cache": args.cache}
+    result |= {"workers": args.workers, "batch_size": args.batch_size, "crop_size": args.crop_size, "steps": steps}
+    result["loader_images_per_s"] = images_per_s(run, steps, lambda: next(source))
+    for _ in range(WARMUP):
+        train.train_step(run, images, target)
+    result["step_images_per_s"] = images_per_s(run, steps, lambda: train.train_step(run, images, target))
+    result["step_ms"] = phases_ms(run, steps, images, target)
+    for _ in range(prefetched):
+        next(source)
+    result["images_per_s"] = images_per_s(run, steps, lambda: train.train_step(run, *next(source)))
+    result["peak_memory_mib"] = round(peak_memory_mib(device) - memory_before)
+    return result if rank == 0 else {}
+
+
+# ----------------------------------------------------------------------------------------------------------- command line
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of tools/benchmark.py."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--train", type=int, metavar="N", help="time N steps of training, with the flags of train.py instead of these")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: 1024x2048, 512x1024 and 256x512)")
+    add("--batch-size", type=int, default=1, metavar="N", help="images at once (default: %(default)s)")
+    network = parser.add_mutually_exclusive_group().add_argument
+    network("--variant", choices=VARIANTS, default="paper", help="network variant (default: %(default)s)")
+    network("--weights", metavar="FILE", help="the network of this checkpoint")
+    add("--amp", choices=("auto", *AMP_DTYPES), default="auto", help="precision (default: the fastest)")
+    add("--device", help="cpu, cuda, ... (default: the machine's accelerator, else the CPU)")
+    add("--against", nargs="+", choices=RUNTIMES, default=[], help="other runtimes to time on the same images")
+    add("--stages", action="store_true", help="also time the parts of the network")
+    add("--repeats", type=int, default=20, metavar="N", help="timed runs (default: %(default)s)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Times what the command line says."""
+    first = OneLineParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--train", type=int)
+    chosen, flags = first.parse_known_args(argv)
+    if chosen.train is not None:
+        result = time_training(chosen.train, flags)
+    else:
+        args = get_args_parser().parse_args(flags)
+        if args.size and min(args.size) < MIN_SIZE:
+            raise UsageError(f"--size {args.size[0]} {args.size[1]}: expected at least {MIN_SIZE} pixels each")
+        result = time_inference(args)
+    if result:
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main, (DataError, CheckpointError)))
