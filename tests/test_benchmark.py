@@ -94,9 +94,18 @@ def test_training_is_timed_in_two_processes(drawn, tmp_path):
     assert not list(tmp_path.iterdir())  # nothing is written
 
 
-def test_a_rate_is_images_of_the_batch_by_time(drawn):
+def test_a_rate_is_the_images_of_the_batches_per_second(drawn):
     args = train.parse_args(["--data", str(drawn), *STEPS, "--amp", "off"])
     run = train.Run(args, train.open_datasets(args), *start_processes("cpu"))
     calls = []
     rate = benchmark.images_per_s(run, 3, lambda: (calls.append(1), time.sleep(0.1)))
     assert len(calls) == 3 and 10 < rate <= 20.01  # three batches of two images, a tenth of a second each
+
+
+def test_the_benchmark_of_training_runs(drawn):
+    flags = ("--data", drawn, "--crop-size", "32", "64", "--batch-size", "2", "--steps", "1")
+    done = run_script("tests/benchmarks/training.py", *flags)
+    assert done.returncode == 0, done.stderr
+    rows = last_json(done.stdout)["rows"]
+    assert len(rows) == 5 and all(row["step_images_per_s"] > 0 for row in rows.values())
+    assert done.stdout.count("images/s for each worker") == 3
