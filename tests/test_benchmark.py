@@ -75,9 +75,9 @@ def test_missing_packages_are_named(monkeypatch, name, package):
         benchmark.main(["--size", "64", "96", "--repeats", "1", "--device", "cpu", "--against", name])
 
 
-def test_wrong_flags_are_one_line():
-    done = run_script("tools/benchmark.py", "--size", "16", "64")
-    assert (done.returncode, done.stderr) == (2, "benchmark.py: --size 16 64: expected at least 32 pixels each\n")
+def test_flags_that_cannot_work_are_named():
+    with pytest.raises(UsageError, match="--size 16 64: expected at least 32 pixels each"):
+        benchmark.main(["--size", "16", "64"])
     with pytest.raises(UsageError, match="unrecognized arguments: --repeats 3"):  # which training does not use
         benchmark.main(["--train", "2", "--repeats", "3"])
 
@@ -103,9 +103,9 @@ def test_a_rate_is_the_images_of_the_batches_per_second(drawn):
 
 
 def test_the_benchmark_of_training_runs(drawn):
-    flags = ("--data", drawn, "--crop-size", "32", "64", "--batch-size", "2", "--steps", "1")
+    flags = ("--data", drawn, "--crop-size", "32", "64", "--batch-size", "2", "--steps", "1", "--amp", "off")
     done = run_script("tests/benchmarks/training.py", *flags)
     assert done.returncode == 0, done.stderr
     rows = last_json(done.stdout)["rows"]
-    assert len(rows) == 5 and all(row["step_images_per_s"] > 0 for row in rows.values())
-    assert done.stdout.count("images/s for each worker") == 3
+    assert len(rows) == 3 and all(row["step_images_per_s"] > 0 for row in rows.values())
+    assert done.stdout.count("images/s for each worker") == 2

@@ -75,6 +75,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data", default=str(ROOT.parent / "shared" / "cityscapes_sample"), help="a folder like Cityscapes'")
     add("--split", default="train", help="of it (default: %(default)s)")
     add("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    add("--amp", nargs="+", choices=AMP_DTYPES, default=["off", "bf16"], help="precisions (default: off bf16)")
     add("--batch-size", type=int, default=4, metavar="N", help="images of a step (default: %(default)s)")
     add("--crop-size", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"), help="pixels (default: 512 1024)")
     add("--steps", type=int, default=9, metavar="N", help="timed steps of each row (default: %(default)s)")
@@ -85,12 +86,12 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the tables."""
     args = get_args_parser().parse_args(argv)
     rows = {}
-    for amp in ("off", "bf16"):
+    for amp in args.amp:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             rows[f"plain step, --amp {amp}"] = pool.apply(time_plain_step, (args, amp))
-    for amp, cache in (("off", "none"), ("bf16", "none"), ("bf16", "ram")):
+    for amp, cache in [*((amp, "none") for amp in args.amp), (args.amp[-1], "ram")]:
         rows[f"train.py, --amp {amp} --cache {cache}"] = time_train(args, "--amp", amp, "--cache", cache)
-    first = rows["plain step, --amp off"]
+    first = next(iter(rows.values()))
     for name, row in rows.items():
         faster = row["step_images_per_s"] / first["step_images_per_s"]
         ms = 1000 * args.batch_size / row["step_images_per_s"]
