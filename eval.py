@@ -21,7 +21,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -283,6 +282,33 @@ class InstanceScores:
         }
 
 
+class SplitScores:
+    """The confusion matrix of a split, and its instance scores where all its images have instance maps."""
+
+    def __init__(self, dataset: SegmentationDataset):
+        self.dataset = dataset
+        num_classes = len(dataset.classes.names)
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self.instances = InstanceScores() if all(sample.instances for sample in dataset.samples) else None
+
+    def add(self, index: int, label: Tensor, prediction: Tensor) -> Tensor:
+        """Counts what `evaluate` yields; returns the confusion matrix of this image."""
+        confusion = confusion_matrix(prediction, label, len(self.confusion)).cpu()
+        self.confusion += confusion
+        if self.instances:
+            self.instances.add(prediction, self.dataset.read_instances(index))
+        return confusion
+
+    def metrics(self, world_size: int = 1) -> dict:
+        """Those of the images of all processes, each of which calls this."""
+        self.confusion = sum(gathered([self.confusion], world_size))
+        result = metrics(self.confusion, self.dataset.classes)
+        if self.instances:
+            self.instances.weighted = sum(gathered([self.instances.weighted], world_size))
+            result |= self.instances.metrics(self.confusion)
+        return result
+
+
 def format_table(result: dict) -> str:
     """The metrics as a text table, in per cent."""
     sections = (
@@ -406,7 +432,6 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluates as the command line says."""
     args = get_args_parser().parse_args(argv)
     _, model, dataset = open_for_evaluation(args)
-    classes = dataset.classes
     if args.submit and args.dataset != "cityscapes":
         raise UsageError(f"--submit writes Cityscapes' label ids, which {args.dataset} does not have")
     device, rank, world_size = start_processes(args.device)
@@ -415,26 +440,16 @@ def main(argv: list[str] | None = None) -> None:
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
 
-    confusion = torch.zeros(len(classes.names), len(classes.names), dtype=torch.int64, device=device)
-    instances = InstanceScores() if all(sample.instances for sample in dataset.samples) else None
-    sheet_rows = []
+    scores, sheet_rows = SplitScores(dataset), []
     predictions = evaluate(segment, dataset, workers=args.workers, rank=rank, world_size=world_size)
     for index, image, label, prediction in predictions:
-        confusion += confusion_matrix(prediction, label, len(classes.names))
-        if instances:
-            instances.add(prediction, dataset.read_instances(index))
+        scores.add(index, label, prediction)
         if args.submit:
             write_submission(dataset, index, prediction, Path(args.submit))
         if args.sheet and rank == 0 and len(sheet_rows) < 6:
-            maps = [classes.colour_map(each.cpu().numpy()) for each in (label, prediction)]
+            maps = [dataset.classes.colour_map(each.cpu().numpy()) for each in (label, prediction)]
             sheet_rows.append([Image.fromarray(image.numpy()), *maps])
-
-    if world_size > 1:
-        dist.all_reduce(confusion)
-    result = metrics(confusion, classes)
-    if instances:
-        instances.weighted = sum(gathered([instances.weighted], world_size))
-        result |= instances.metrics(confusion)
+    result = scores.metrics(world_size)
     if rank == 0:
         print(format_table(result))
         if args.sheet:

@@ -18,7 +18,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -30,17 +30,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import IGNORE, Classes, DataError, SegmentationDataset
-from eval import (
-    InstanceScores,
-    add_protocol_flags,
-    confusion_matrix,
-    evaluate,
-    make_segment,
-    metrics,
-    open_for_evaluation,
-    percent,
-)
+from data import IGNORE, Classes, DataError
+from eval import SplitScores, add_protocol_flags, evaluate, make_segment, metrics, open_for_evaluation, percent
 from launch import OneLineParser, exit_status, gathered, name_of, start_processes
 from model import CheckpointError
 
@@ -306,30 +297,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def evaluate_split(
-    segment: Callable[[Tensor], Tensor], dataset: SegmentationDataset, workers: int, rank: int, world_size: int
-) -> tuple[dict, np.ndarray, list[tuple[float, float, int]]]:
-    """The split's metrics and confusion matrix, and (pixel accuracy, mIoU, index) of every image that has labels."""
-    classes = dataset.classes
-    confusion = torch.zeros(len(classes.names), len(classes.names), dtype=torch.int64)
-    instances = InstanceScores() if all(sample.instances for sample in dataset.samples) else None
-    scores = []
-    for index, _, label, prediction in evaluate(segment, dataset, workers=workers, rank=rank, world_size=world_size):
-        own = confusion_matrix(prediction, label, len(classes.names)).cpu()
-        confusion += own
-        if instances:
-            instances.add(prediction, dataset.read_instances(index))
-        figures = metrics(own, classes)
-        if figures["miou"] is not None:
-            scores.append((figures["pixel_accuracy"], figures["miou"], index))
-    confusion = sum(gathered([confusion], world_size))
-    result = metrics(confusion, classes)
-    if instances:
-        instances.weighted = sum(gathered([instances.weighted], world_size))
-        result |= instances.metrics(confusion)
-    return result, confusion.numpy(), gathered(scores, world_size)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Writes the page as the command line says."""
     args = get_args_parser().parse_args(argv)
@@ -337,11 +304,18 @@ def main(argv: list[str] | None = None) -> None:
     device, rank, world_size = start_processes(args.device)
     segment = make_segment(args, model, device)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # rather now than after the evaluation
-    result, confusion, scores = evaluate_split(segment, dataset, args.workers, rank, world_size)
+    scores, accuracies = SplitScores(dataset), []
+    for index, _, label, prediction in evaluate(
+        segment, dataset, workers=args.workers, rank=rank, world_size=world_size
+    ):
+        figures = metrics(scores.add(index, label, prediction), dataset.classes)
+        if figures["miou"] is not None:
+            accuracies.append((figures["pixel_accuracy"], figures["miou"], index))
+    result, accuracies = scores.metrics(world_size), gathered(accuracies, world_size)
     if rank != 0:
         return
-    classes, worst = dataset.classes, []
-    for accuracy, miou, index in sorted(scores)[: args.images]:
+    classes, confusion, worst = dataset.classes, scores.confusion.numpy(), []
+    for accuracy, miou, index in sorted(accuracies)[: args.images]:
         image, label = dataset[index]
         tiles = pictures(image, label, segment(image[None])[0], classes)
         worst.append((os.path.relpath(dataset.samples[index].image, args.data), accuracy, miou, tiles))
