@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import streets  # noqa: E402
+from tools import streets  # noqa: E402
 
 # On the tests' small tensors several threads gain nothing, and on a busy machine they wait for each other.
 torch.set_num_threads(1)
@@ -55,7 +55,9 @@ def folder_dataset(tmp_path) -> Path:
     label = np.repeat(np.arange(3, dtype=np.uint8), [20, 20, 24])[None].repeat(48, 0)
     for split in ("train", "val"):
         for i in range(2):
-            image = np.stack([label * 100, 255 - label * 100, np.full_like(label, 40 * i + (20 if split == "val" else 0))], -1)
+            image = np.stack(
+                [label * 100, 255 - label * 100, np.full_like(label, 40 * i + (20 if split == "val" else 0))], -1
+            )
             for kind, array in (("images", image), ("labels", label)):
                 path = root / kind / split / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +66,9 @@ def folder_dataset(tmp_path) -> Path:
     return root
 
 
-def run_script(script: str, *args, processes: int = 1, timeout: int = 300, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def run_script(
+    script: str, *args, processes: int = 1, timeout: int = 300, cwd: Path = ROOT
+) -> subprocess.CompletedProcess:
     """A script of the project in a process of its own, or in several under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]

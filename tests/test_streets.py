@@ -1,11 +1,13 @@
-"""The drawn scenes are Cityscapes in all that data.py can see, and the same for everybody."""
+"""The drawn scenes look like Cityscapes to data.py, and are the same on every machine."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import streets
+from conftest import last_json, run_script
 from data import CITYSCAPES, open_dataset
+from launch import UsageError
+from tools import streets
 
 
 def test_same_seed_gives_the_same_bytes(tmp_path):
@@ -22,7 +24,7 @@ def test_splits_and_seeds_differ():
     assert all((scenes[i] != scenes[j]).any() for i in range(4) for j in range(i))
 
 
-def test_every_class_occurs_often_enough_to_be_learnt(drawn):
+def test_every_class_occurs_often_enough_to_be_learned(drawn):
     pixels, scenes = np.zeros(256), np.zeros(256)
     table = open_dataset("cityscapes", drawn, "val").table
     for number in range(60):
@@ -35,31 +37,23 @@ def test_every_class_occurs_often_enough_to_be_learnt(drawn):
         assert pixels[train_id] > 0.003 and scenes[train_id] >= 15, (name, pixels[train_id], scenes[train_id])
 
 
-def test_instance_maps_follow_cityscapes_rule(drawn):
-    things = {
-        streets.PERSON,
-        streets.RIDER,
-        streets.CAR,
-        streets.TRUCK,
-        streets.BUS,
-        streets.TRAIN,
-        streets.MOTORCYCLE,
-        streets.BICYCLE,
-    }
+def test_instance_maps_follow_the_rule_of_cityscapes(drawn):
+    things = [streets.PERSON, streets.RIDER, streets.CAR, streets.TRUCK, streets.BUS, streets.TRAIN]
+    things += [streets.MOTORCYCLE, streets.BICYCLE]
     seen = set()
     for path in sorted((drawn / "gtFine/train/street").glob("*_instanceIds.png")):
         instances = np.array(Image.open(path)).astype(int)
         labels = np.array(Image.open(path.with_name(path.name.replace("instanceIds", "labelIds")))).astype(int)
-        single = np.isin(labels, list(things))
+        single = np.isin(labels, things)
         assert (instances[single] // 1000 == labels[single]).all()  # label id x 1000 + number of the object
         assert (instances[~single] == labels[~single]).all()
         seen |= set(labels[single])
     assert len(seen) >= 6
 
 
-def test_existing_folder_is_left_alone(tmp_path):
+def test_existing_folder_is_not_overwritten(tmp_path):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(FileExistsError, match="mine: exists already"):
+    with pytest.raises(UsageError, match="mine exists; remove it"):
         streets.write_dataset(tmp_path / "mine", {"train": 1}, 64, 128, seed=0)
 
 
@@ -68,3 +62,13 @@ def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(TypeError):
         streets.write_dataset(tmp_path / "x", {"train": 1}, 64, 128, seed=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_command_line_from_another_folder(tmp_path):
+    flags = ("drawn", "--train", 2, "--val", 1, "--size", 64, 128)
+    done = run_script("tools/streets.py", *flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert last_json(done.stdout) == {"out": "drawn", "train": 2, "val": 1, "size": [64, 128], "seed": 0}
+    assert len(open_dataset("cityscapes", tmp_path / "drawn", "train")) == 2
+    done = run_script("tools/streets.py", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("streets.py: drawn exists") and done.stderr.count("\n") == 1
