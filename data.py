@@ -164,7 +164,9 @@ class Sample:
     instances: Path | None = None
 
 
-def open_dataset(name: str, root: str | Path, split: str, augmentation: Augmentation | None = None) -> SegmentationDataset:
+def open_dataset(
+    name: str, root: str | Path, split: str, augmentation: Augmentation | None = None
+) -> SegmentationDataset:
     """A split of a labelled dataset.
 
     Args:
@@ -191,7 +193,9 @@ def _parts(split: str) -> list[str]:
     """Names of splits joined by "+". An empty one would be all splits at once, and one that comes twice count double."""
     parts = split.split("+")
     if "" in parts or len(set(parts)) < len(parts):
-        raise DataError(f'split {split!r} has a part that is empty or there twice; give e.g. train, or "train+val" for both')
+        raise DataError(
+            f'split {split!r} has a part that is empty or there twice; give e.g. train, or "train+val" for both'
+        )
     return parts
 
 
@@ -201,11 +205,19 @@ def _open_layout(name: str, root: Path):
     if name not in layouts:
         raise DataError(f"dataset {name!r} is unknown, expected one of {', '.join(layouts)}")
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder, expected that of the {name} dataset; see Data in README.md for its layout")
-    signs = {"cityscapes": root / "leftImg8bit", "camvid": next(root.glob("*annot"), None), "folder": root / "classes.json"}
+        raise DataError(
+            f"{root}: no such folder, expected that of the {name} dataset; see Data in README.md for its layout"
+        )
+    signs = {
+        "cityscapes": root / "leftImg8bit",
+        "camvid": next(root.glob("*annot"), None),
+        "folder": root / "classes.json",
+    }
     there = [each for each, path in signs.items() if path and path.exists()]
     if there and name not in there:
-        raise DataError(f"{signs[there[0]]} says that this is dataset {there[0]}, not {name}; give --dataset {there[0]}")
+        raise DataError(
+            f"{signs[there[0]]} says that this is dataset {there[0]}, not {name}; give --dataset {there[0]}"
+        )
     return layouts[name](root)
 
 
@@ -217,7 +229,13 @@ def _open_cityscapes(root: Path):
         kind = "gtCoarse" if split == "train_extra" else "gtFine"
         images, labels = root / "leftImg8bit" / split, root / kind / split
         samples = _pair(
-            images, "*/*_leftImg8bit.png", "_leftImg8bit.png", labels, f"*/*_{kind}_labelIds.png", f"_{kind}_labelIds.png", lone
+            images,
+            "*/*_leftImg8bit.png",
+            "_leftImg8bit.png",
+            labels,
+            f"*/*_{kind}_labelIds.png",
+            f"_{kind}_labelIds.png",
+            lone,
         )
         instances = [s.label.with_name(s.label.name.replace("_labelIds.png", "_instanceIds.png")) for s in samples]
         return [Sample(s.image, s.label, path if path.is_file() else None) for s, path in zip(samples, instances)]
@@ -279,15 +297,22 @@ def _read_classes(path: Path) -> tuple[list[str], list[tuple[int, int, int]], by
     names, colours, ignored = content["names"], content.get("colours"), content.get("ignore", [] if coded else IGNORE)
     check(not coded or colours is not None, '"labels": "colours" needs the colours')
     # Printable, on one line of a table: so neither a line break nor half of a surrogate pair.
-    fine = isinstance(names, list) and all(isinstance(name, str) and name.isprintable() and name.strip() for name in names)
+    fine = isinstance(names, list) and all(
+        isinstance(name, str) and name.isprintable() and name.strip() for name in names
+    )
     check(fine, "names must be a list of printable strings, none of them empty")
     twice = next((name for at, name in enumerate(names) if name in names[:at]), None)
     check(twice is None, f"two classes are called {twice!r:.60}")
     colours = _palette(len(names)) if colours is None else colours
-    check(isinstance(colours, list) and all(isinstance(colour, list | tuple) for colour in colours), "colours must be lists")
+    check(
+        isinstance(colours, list) and all(isinstance(colour, list | tuple) for colour in colours),
+        "colours must be lists",
+    )
     ignored = ignored if isinstance(ignored, list) else [ignored]
     if not 0 < len(names) <= UNKNOWN or len(colours) != len(names) or any(len(colour) != 3 for colour in colours):
-        raise DataError(f"{path}: {len(names)} names and {len(colours)} colours, expected 1 to {UNKNOWN} names, an RGB each")
+        raise DataError(
+            f"{path}: {len(names)} names and {len(colours)} colours, expected 1 to {UNKNOWN} names, an RGB each"
+        )
     levels = [level for colour in colours for level in colour]
     if coded:
         check(all(isinstance(each, list) and len(each) == 3 for each in ignored), "ignore must be a list of colours")
@@ -300,7 +325,11 @@ def _read_classes(path: Path) -> tuple[list[str], list[tuple[int, int, int]], by
     codes = [red << 16 | green << 8 | blue for red, green, blue in [*colours, *ignored]]
     twice = next((code for at, code in enumerate(codes) if code in codes[:at]), None)
     check(twice is None, f"colour {_colour_text(twice or 0)} is there twice")
-    return names, colours, label_table({code: i for i, code in enumerate(codes[: len(names)])}, codes[len(names) :], 2**24)
+    return (
+        names,
+        colours,
+        label_table({code: i for i, code in enumerate(codes[: len(names)])}, codes[len(names) :], 2**24),
+    )
 
 
 def _colour_text(code: int) -> str:
@@ -331,7 +360,9 @@ def _pair(
     def listing(folder: Path, glob: str, end: str) -> dict[str, Path]:
         depth = math.inf if "**" in glob else glob.count("/")
         names: dict[str, Path] = {}
-        for path in sorted(p for p in _files(folder, depth) if p.suffix.lower() in IMAGE_SUFFIXES and p.name.endswith(end)):
+        for path in sorted(
+            p for p in _files(folder, depth) if p.suffix.lower() in IMAGE_SUFFIXES and p.name.endswith(end)
+        ):
             relative = path.relative_to(folder)
             name = relative.as_posix().removesuffix(end) if end else relative.with_suffix("").as_posix()
             if name in names:
@@ -434,18 +465,24 @@ def read_label(path: str | Path, table: bytes, classes: Classes | None = None) -
     """
     with _opened(path) as (label, bits):
         if label.format not in ("PNG", "BMP"):  # JPEG smears values, PPM scales them
-            raise DataError(f"{path}: label map in a file of {label.format}, which does not keep class ids; save it as PNG")
+            raise DataError(
+                f"{path}: label map in a file of {label.format}, which does not keep class ids; save it as PNG"
+            )
         if len(table) > 256:
             return _read_coloured(path, label, table)
         if label.mode not in ("L", "P"):
             remedy = (
-                '; where these are colours, say "labels": "colours" in classes.json' if label.mode in ("RGB", "RGBA") else ""
+                '; where these are colours, say "labels": "colours" in classes.json'
+                if label.mode in ("RGB", "RGBA")
+                else ""
             )
             raise DataError(
                 f"{path}: label map of mode {label.mode}, expected one channel of 8 bits with a class id per pixel{remedy}"
             )
         if label.mode == "L" and bits < 8:  # Pillow scales them: 1 of 4 bits would be read as 17
-            raise DataError(f"{path}: label map of {bits} bits, whose values are shades of grey; save it with 8 bits per pixel")
+            raise DataError(
+                f"{path}: label map of {bits} bits, whose values are shades of grey; save it with 8 bits per pixel"
+            )
         turn = _turn(label)
         label.load()
         if label.mode == "P":  # a palette is for viewers: the indices are the labels
@@ -542,7 +579,9 @@ def _opened(path: str | Path, checked: bool = True) -> Iterator[tuple[Image.Imag
         raise DataError(f"{path}: no such file") from None
     except UnidentifiedImageError:
         formats = ", ".join(IMAGE_FORMATS)
-        raise DataError(f"{path}: cannot be decoded (its head is none of {formats}); replace or remove the file") from None
+        raise DataError(
+            f"{path}: cannot be decoded (its head is none of {formats}); replace or remove the file"
+        ) from None
     except Exception as error:  # there is no kind of error that a damaged file cannot raise
         raise DataError(f"{path}: cannot be decoded ({_reason(error)}); replace or remove the file") from error
 
@@ -666,7 +705,9 @@ class SegmentationDataset(torch.utils.data.Dataset):
             image.load()
             values = np.array(image if turn is None else image.transpose(turn)).astype(np.int64)
         if values.ndim != 2 or values.max(initial=0) >= 34000:
-            raise DataError(f"{sample.instances}: no map of instances, of label id x 1000 + number; restore it, or remove it")
+            raise DataError(
+                f"{sample.instances}: no map of instances, of label id x 1000 + number; restore it, or remove it"
+            )
         train_ids = np.full(34, -1)
         train_ids[list(CITYSCAPES_LABEL_IDS)] = np.arange(len(CITYSCAPES_LABEL_IDS))
         train_id = train_ids[values // 1000]
@@ -726,11 +767,6 @@ class Augmentation:
     max_class_share: float = 1.0
     half_epochs: int = 0
     seed: int = 0
-
-    @property
-    def mixes_channels(self) -> bool:
-        """Whether colours change by more than a factor for each channel."""
-        return bool(self.contrast or self.saturation or self.hue)
 
     def __call__(self, image: Image.Image, label: Image.Image, key: Sequence[int]) -> tuple[Image.Image, Image.Image]:
         """The crop of an RGB image and of its label map that belongs to `key` (epoch, position in the epoch)."""
@@ -826,7 +862,9 @@ class Crop:
 
     def largest_share(self, labels: np.ndarray) -> float:
         """Share of the labelled pixels that its most frequent class has, by the `thumbnail` of the image's label map."""
-        ends = [(math.ceil(a / 8), math.ceil(b / 8)) for a, b in self._box()]  # those of every eighth pixel that lie inside
+        ends = [
+            (math.ceil(a / 8), math.ceil(b / 8)) for a, b in self._box()
+        ]  # those of every eighth pixel that lie inside
         part = tuple(slice(min(a, size - 1), max(a + 1, b)) for (a, b), size in zip(ends, labels.shape))
         counts = np.bincount(labels[part].ravel(), minlength=IGNORE + 1)[:IGNORE]
         return counts.max() / max(1, counts.sum())
@@ -853,7 +891,10 @@ class Crop:
             whole_label.paste(label, (x0 - self.start[1], y0 - self.start[0]))
             image, label = whole_image, whole_label
         if self.flip:
-            image, label = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), label.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image, label = (
+                image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+                label.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+            )
         if self.colour != SAME_COLOUR:
             matrix = np.array(self.colour).reshape(3, 4)
             gains = matrix.diagonal()[:, None]
@@ -982,116 +1023,6 @@ class RamCache:
         return self.memory.array[end - 4 * h * w : end - h * w].reshape(h, w, 3), label
 
 
-class DeviceCache:
-    """A dataset's decoded images and label maps in a device's memory, and its augmentation there, a batch at a time.
-
-    The random numbers are those that SegmentationDataset draws for the same keys; the pixels differ by rounding, at most 1 of
-    255 before the colours change. Resizing is two matrix products with the weights of an antialiased bilinear filter, as
-    Pillow's.
-
-    Args:
-        dataset: what to decode, with an augmentation.
-        device: where to.
-        indices: which samples; None for all.
-        threads: how many images are decoded at once.
-
-    Raises:
-        DataError: a file that cannot be read.
-    """
-
-    def __init__(
-        self, dataset: SegmentationDataset, device: torch.device, indices: Sequence[int] | None = None, threads: int = 4
-    ):
-        indices = range(len(dataset)) if indices is None else indices
-        self.place = {index: at for at, index in enumerate(indices)}
-        self.augmentation, self.device = dataset.augmentation, device
-        part = SegmentationDataset([dataset.samples[i] for i in indices], dataset.classes, dataset.table)
-        self.sizes = part.sizes()
-        # Planes of colour and, of images of one size, one tensor for all.
-        uniform = (self.sizes == self.sizes[0]).all()
-        h, w = self.sizes[0]
-        self.images = torch.empty((len(part), 3, h, w), dtype=torch.uint8, device=device) if uniform else [None] * len(part)
-        self.labels = torch.empty((len(part), h, w), dtype=torch.uint8, device=device) if uniform else [None] * len(part)
-        self.thumbnails: list[np.ndarray | None] = []
-        for at, image, label in _decoded(part, threads):
-            if label.shape != tuple(self.sizes[at]):
-                raise DataError(f"{part.samples[at].image}: has other sizes than its head says; replace the file")
-            self.images[at] = torch.from_numpy(image).to(device).permute(2, 0, 1).contiguous()
-            self.labels[at] = torch.from_numpy(label).to(device)
-            self.thumbnails.append(thumbnail(label) if self.augmentation.max_class_share < 1 else None)
-
-    def batch(self, keys: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
-        """The crops of (epoch, position, index) keys: (N, h, w, 3) uint8 RGB and (N, h, w) uint8 train ids on the device."""
-        at = [self.place[index] for _, _, index in keys]
-        crops = [self.augmentation.draw(tuple(self.sizes[i]), key[:2], self.thumbnails[i]) for i, key in zip(at, keys)]
-        images, labels = self._gathered(at)
-        # Small arrays, in one copy: for both axes the centres of the crop's pixels in pixels of the image, NaN outside it.
-        axes = [np.stack([_centres(crop, axis) for crop in crops]) for axis in (0, 1)]
-        rest = [
-            [*crop.image_hw, *(max(1, s / t) for s, t in zip(crop.image_hw, crop.scaled_hw)), *crop.colour] for crop in crops
-        ]
-        host = torch.from_numpy(np.concatenate([*axes, np.array(rest)], axis=1).astype(np.float32))
-        if self.device.type != "cpu":
-            host = host.pin_memory()
-        rows, columns, rest = host.to(self.device, non_blocking=True).split([*crops[0].crop_hw, 4 + 12], dim=1)
-        height, width, reach_y, reach_x = rest[:, :4].unbind(1)
-        colour = rest[:, 4:].view(-1, 1, 3, 4)
-
-        inside = ~(rows.isnan()[:, :, None] | columns.isnan()[:, None, :])  # (N, h, w)
-        y, x = (c.nan_to_num().long().clamp(max=size - 1) for c, size in ((rows, labels.shape[1]), (columns, labels.shape[2])))
-        picked = torch.arange(len(keys), device=self.device)[:, None, None]
-        label = labels[picked, y[:, :, None], x[:, None, :]].where(inside, IGNORE)
-
-        precision = torch.float16 if self.device.type == "cuda" else torch.float32
-        down = _resize_weights(rows, images.shape[2], height, reach_y).to(precision)  # (N, h, H)
-        across = _resize_weights(columns, images.shape[3], width, reach_x).to(precision)  # (N, w, W)
-        resized = down[:, None] @ images.to(precision) @ across[:, None].mT  # (N, 3, h, w)
-        padding = _on_device(PADDING_RGB, self.device)
-        image = resized.permute(0, 2, 3, 1).float().round_().where(inside[..., None], padding)  # (N, h, w, 3)
-        if self.augmentation.mixes_channels:
-            image = image @ colour[..., :3].mT + colour[..., 3:].mT
-        else:
-            image = image * colour[..., :3].diagonal(dim1=2, dim2=3)[:, None]
-        return (image + 0.5).clamp_(0, 255).to(torch.uint8), label
-
-    def _gathered(self, at: list[int]) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) images and (N, H, W) label maps; smaller ones of a mixed batch are padded to the largest."""
-        if isinstance(self.images, Tensor):
-            index = torch.tensor(at)
-            if self.device.type != "cpu":
-                index = index.pin_memory().to(self.device, non_blocking=True)
-            return self.images[index], self.labels[index]
-        h, w = self.sizes[at].max(axis=0)
-        images = torch.zeros((len(at), 3, h, w), dtype=torch.uint8, device=self.device)
-        labels = torch.zeros((len(at), h, w), dtype=torch.uint8, device=self.device)
-        for n, i in enumerate(at):
-            height, width = self.sizes[i]
-            images[n, :, :height, :width] = self.images[i]
-            labels[n, :height, :width] = self.labels[i]
-        return images, labels
-
-
-def _centres(crop: Crop, axis: int) -> np.ndarray:
-    """Where the centre of each row (axis 0) or column of the crop lies in its image, in pixels, NaN outside of it."""
-    at = np.arange(crop.crop_hw[axis])
-    if axis == 1 and crop.flip:
-        at = at[::-1]
-    at = at + crop.start[axis]
-    centres = (at + 0.5) * (crop.image_hw[axis] / crop.scaled_hw[axis])
-    return np.where((at >= 0) & (at < crop.scaled_hw[axis]), centres, np.nan)
-
-
-def _resize_weights(centres: Tensor, size: int, valid: Tensor, reach: Tensor) -> Tensor:
-    """(N, out, size) weights of an antialiased bilinear filter around (N, out) centres.
-
-    valid, reach: (N,) pixels that there are, and the filter's reach in pixels. Rows of NaN centres are 0.
-    """
-    position = torch.arange(size, device=centres.device) + 0.5
-    weights = (1 - (position - centres[..., None]).abs() / reach[:, None, None]).clamp_(min=0)
-    weights = weights * (position < valid[:, None, None])
-    return (weights / weights.sum(-1, keepdim=True)).nan_to_num_()
-
-
 def cache_in_ram(datasets: Sequence[SegmentationDataset]) -> str:
     """Gives datasets a RamCache, decoded by the first process of each machine, mapped by its others; returns a line for the log.
 
@@ -1105,70 +1036,50 @@ def cache_in_ram(datasets: Sequence[SegmentationDataset]) -> str:
         caches = [RamCache(dataset, os.cpu_count() or 1) for dataset in datasets[:fitting]]
     if dist.is_initialized():
         pickled: list = [None] * dist.get_world_size()
-        dist.all_gather_object(pickled, pickle.dumps(caches))  # as bytes: only processes of one machine can unpickle them
+        dist.all_gather_object(
+            pickled, pickle.dumps(caches)
+        )  # as bytes: only processes of one machine can unpickle them
         caches = caches or pickle.loads(pickled[rank - local_rank])
     for dataset, cache in zip(datasets, caches):
         dataset.cache = cache
     size = sum(int(cache.ends[-1]) for cache in caches)
-    return f"cache ram: {len(caches)} of {len(datasets)} splits, {size_text(size)}, shared by the processes of a machine"
+    return (
+        f"cache ram: {len(caches)} of {len(datasets)} splits, {size_text(size)}, shared by the processes of a machine"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------ order
 
 
 class TrainBatches(torch.utils.data.Sampler):
-    """This process' share of every global batch, as lists of (epoch, position, index) keys for SegmentationDataset.
+    """Batch sampler: yields this process's share of every global batch, as (epoch, position, index) keys.
 
-    The global batches are the same for any number of processes. A dataset that does not divide by the batch leaves some
-    images out of an epoch, others in each; one that is smaller than a batch is repeated to fill it. With `sharded` process r
-    deals out the images r, r + world_size, ... alone, and the batches differ with the number of processes.
+    The global batches do not depend on the number of processes. If the number of samples is not a multiple of the batch
+    size, every epoch leaves out other samples; if it is smaller, samples are repeated to fill one batch.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        sharded: bool = False,
-    ):
-        """`batch_size` counts the images of all processes together.
-
-        Raises:
-            ValueError: the batch does not divide over the processes, or there is nothing to deal out.
-        """
+    def __init__(self, num_samples: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1):
+        """`batch_size` counts the samples of all processes together and must be a multiple of `world_size`."""
         if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch of {batch_size} does not divide over {world_size} processes")
-        if num_samples < 1:
-            raise ValueError("no samples")
+            raise ValueError(f"batch size {batch_size} is not a multiple of {world_size} processes")
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.share = rank, batch_size // world_size
-        self.own = np.arange(rank, num_samples, world_size) if sharded else None
         self.epoch, self.first = 0, 0
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """Chooses the order of the next iteration, and the batch of it to begin with."""
+        """Chooses the epoch of the next iteration, and the batch of it to start with."""
         self.epoch, self.first = epoch, first
 
     def __len__(self) -> int:
         return max(1, self.num_samples // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        if self.own is None:
-            order = self._shuffled(np.arange(self.num_samples), self.batch_size, (self.seed, self.epoch))
-        else:
-            order = self._shuffled(self.own, self.share, (self.seed, self.epoch, self.rank))
+        rng = np.random.default_rng((self.seed, self.epoch))
+        rounds = math.ceil(len(self) * self.batch_size / self.num_samples)
+        order = np.concatenate([rng.permutation(self.num_samples) for _ in range(rounds)]).tolist()
         for batch in range(self.first, len(self)):
             start = batch * self.batch_size + self.rank * self.share
-            first = start if self.own is None else batch * self.share  # of this batch in `order`
-            yield [(self.epoch, start + i, int(order[first + i])) for i in range(self.share)]
-
-    def _shuffled(self, indices: np.ndarray, batch: int, seed: tuple[int, ...]) -> np.ndarray:
-        rng = np.random.default_rng(seed)
-        rounds = -(-len(self) * batch // len(indices))
-        return np.concatenate([rng.permutation(indices) for _ in range(rounds)])
+            yield [(self.epoch, position, order[position]) for position in range(start, start + self.share)]
 
 
 def ignore_interrupts(_worker_id: int) -> None:
@@ -1179,7 +1090,13 @@ def ignore_interrupts(_worker_id: int) -> None:
 
 
 def train_loader(
-    dataset: SegmentationDataset, batch_size: int, *, workers: int = 0, seed: int = 0, rank: int = 0, world_size: int = 1
+    dataset: SegmentationDataset,
+    batch_size: int,
+    *,
+    workers: int = 0,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> torch.utils.data.DataLoader:
     """This process's share of augmented batches: (N, H, W, 3) uint8 RGB and (N, H, W) uint8 train ids.
 
@@ -1199,7 +1116,9 @@ def train_loader(
 # -------------------------------------------------------------------------------------------------------------- own data
 
 
-def check(name: str, root: str | Path, splits: Sequence[str] = (), sheet: str | Path | None = None, rows: int = 6) -> dict:
+def check(
+    name: str, root: str | Path, splits: Sequence[str] = (), sheet: str | Path | None = None, rows: int = 6
+) -> dict:
     """Reads all images and label maps of a dataset, and says what is in them and what is wrong.
 
     Args:
@@ -1234,7 +1153,11 @@ def check(name: str, root: str | Path, splits: Sequence[str] = (), sheet: str | 
                 raise
             report["problems"].append(str(error))
             continue
-        if not samples and split not in ("train", "val") and all(": image without its label in " in each for each in lone):
+        if (
+            not samples
+            and split not in ("train", "val")
+            and all(": image without its label in " in each for each in lone)
+        ):
             report["notes"].append(f"{split}: {len(lone)} images without label maps, for eval.py --predict alone")
             continue
         report["problems"] += lone
@@ -1248,14 +1171,23 @@ def check(name: str, root: str | Path, splits: Sequence[str] = (), sheet: str | 
                 return str(error)
             counts = np.bincount(np.asarray(label).ravel(), minlength=256)
             digest = hashlib.blake2b(b"%d" % image.width + image.tobytes(), digest_size=16).digest()
-            tile = _tile(image, label, classes, f"{split}: {dataset.samples[index].image.name}") if index in shown else None
+            tile = (
+                _tile(image, label, classes, f"{split}: {dataset.samples[index].image.name}")
+                if index in shown
+                else None
+            )
             return image.size, counts, digest, tile
 
         sizes: dict[str, int] = {}
         pixels, present = np.zeros(256, np.int64), np.zeros(256, np.int64)
         bare: list[str] = []  # label maps without a label
-        with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.closing(pool.map(read, range(len(samples)))) as results:
-            for sample, found in zip(samples, results):  # closing them, as after Ctrl-C, cancels those that have not begun
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            contextlib.closing(pool.map(read, range(len(samples)))) as results,
+        ):
+            for sample, found in zip(
+                samples, results
+            ):  # closing them, as after Ctrl-C, cancels those that have not begun
                 if isinstance(found, str):
                     report["problems"].append(found)
                     continue
@@ -1267,7 +1199,9 @@ def check(name: str, root: str | Path, splits: Sequence[str] = (), sheet: str | 
                 if not counts[:IGNORE].any():
                     bare.append(f"{sample.label}: no pixel has a label; label it, or remove it and its image")
                 if min(width, height) < 32:
-                    report["problems"].append(f"{sample.image}: {width}x{height} pixels, the network takes 32x32 and more")
+                    report["problems"].append(
+                        f"{sample.image}: {width}x{height} pixels, the network takes 32x32 and more"
+                    )
                 other = seen.setdefault(digest, (split, sample.image))
                 if other[1] != sample.image:
                     where = "the same split" if other[0] == split else f"split {other[0]}, so that figures flatter"
@@ -1278,7 +1212,9 @@ def check(name: str, root: str | Path, splits: Sequence[str] = (), sheet: str | 
             "images": len(samples),
             "sizes": dict(sorted(sizes.items(), key=lambda item: -item[1])),
             "unlabelled": float(pixels[IGNORE] / pixels.sum()) if sizes else None,
-            "classes": {n: {"share": float(shares[i]), "images": int(present[i])} for i, n in enumerate(names) if labelled},
+            "classes": {
+                n: {"share": float(shares[i]), "images": int(present[i])} for i, n in enumerate(names) if labelled
+            },
         }
         if labelled:
             report["notes"] += [f"{split}: no pixel of class {n}" for i, n in enumerate(names) if not pixels[i]]
@@ -1307,7 +1243,11 @@ _SPLIT_EXAMPLES = {
 def _splits(name: str, root: Path) -> list[str]:
     """The splits that a dataset's folder has, train first."""
     parent = {"cityscapes": root / "leftImg8bit", "camvid": root, "folder": root / "images"}[name]
-    found = [path.name for path in sorted(parent.iterdir()) if path.is_dir() and path.name[0] != "."] if parent.is_dir() else []
+    found = (
+        [path.name for path in sorted(parent.iterdir()) if path.is_dir() and path.name[0] != "."]
+        if parent.is_dir()
+        else []
+    )
     if name == "camvid":
         found = [split for split in found if (root / f"{split}annot").is_dir()]
     return sorted(found, key=lambda split: (split != "train", split != "val", split))
@@ -1319,7 +1259,10 @@ _TILE_WIDTH = 360  # pixels
 def _tile(image: Image.Image, label: Image.Image, classes: Classes, title: str) -> tuple[Image.Image, Image.Image]:
     """An image, small and with its title, and the same with its labels in colours laid over it; what is ignored stays as it is."""
     size = (_TILE_WIDTH, max(1, round(_TILE_WIDTH * image.height / image.width)))
-    image, label = image.resize(size, Image.Resampling.BILINEAR), np.asarray(label.resize(size, Image.Resampling.NEAREST))
+    image, label = (
+        image.resize(size, Image.Resampling.BILINEAR),
+        np.asarray(label.resize(size, Image.Resampling.NEAREST)),
+    )
     mask = Image.fromarray(np.where(label == IGNORE, 0, 170).astype(np.uint8))
     overlay = Image.composite(Image.fromarray(classes.palette()[label]), image, mask)
     draw, title = ImageDraw.Draw(image), _latin(title)
@@ -1390,7 +1333,10 @@ def _print_shares(splits: dict[str, dict]) -> None:
     for name in next(iter(splits.values()))["classes"]:
         cells = [content["classes"][name] for content in splits.values()]
         print(f"  {name:<34}" + "".join(f"{each['share']:12.3%}{each['images']:8}" for each in cells))
-    print(f"{'unlabelled, of all pixels':<36}" + "".join(f"{content['unlabelled']:12.3%}{'':8}" for content in splits.values()))
+    print(
+        f"{'unlabelled, of all pixels':<36}"
+        + "".join(f"{content['unlabelled']:12.3%}{'':8}" for content in splits.values())
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1409,8 +1355,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument(
         "--splits", nargs="+", default=[], metavar="SPLIT", help="default: all that there are; train+val is train val"
     )
-    command.add_argument("--sheet", metavar="FILE", help="write a picture of some images with their labels, and the colours")
-    command.add_argument("--rows", type=int, default=6, metavar="N", help="images of each split on it (default: %(default)s)")
+    command.add_argument(
+        "--sheet", metavar="FILE", help="write a picture of some images with their labels, and the colours"
+    )
+    command.add_argument(
+        "--rows", type=int, default=6, metavar="N", help="images of each split on it (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):  # file names may be no text in the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -1423,7 +1373,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.rows < 1:
             raise DataError(f"--rows is {args.rows}, expected at least 1")
         if args.sheet and not writable_as_picture(Path(args.sheet)):
-            raise DataError(f"--sheet {args.sheet} has no suffix of an image format that can be written; give e.g. sheet.png")
+            raise DataError(
+                f"--sheet {args.sheet} has no suffix of an image format that can be written; give e.g. sheet.png"
+            )
         report = check(args.dataset, root, args.splits, args.sheet, args.rows)
         _print_report(report)
         if args.sheet:
