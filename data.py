@@ -1,87 +1,72 @@
-"""Street scenes with labels: Cityscapes, CamVid, or a folder of one's own; augmentation; what each process reads.
+"""Semantic segmentation datasets (Cityscapes, CamVid, own folders), augmentation, RAM cache and batch sampling.
 
     dataset = open_dataset("cityscapes", "datasets/cityscapes", "train")
     image, label = dataset[0]           # (H, W, 3) uint8 RGB, (H, W) uint8 train ids, 255 = ignore
 
-    python data.py check ROOT           # reads all of one's own data and says what is in it and what is wrong with it
-
-This file needs torch, numpy and pillow, and may be copied into another project as it is. Images stay uint8 in
-(H, W, 3) until `normalise` on the device: a quarter of the bytes to move, and channels_last comes for free.
+Needs only torch, numpy and pillow, and works when copied alone into another project. Images stay uint8 in
+(H, W, 3) until `normalise` on the device: a quarter of the bytes to transfer, and channels_last at no cost.
 """
 
 from __future__ import annotations
 
-import argparse
 import colorsys
 import contextlib
 import functools
-import hashlib
-import io
+import glob
 import json
 import math
-import mmap
 import os
 import pickle
-import re
 import signal
-import stat
-import struct
-import sys
-import tempfile
-import warnings
 import weakref
-import zlib
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import ExifTags, Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 IGNORE = 255  # train id of pixels that count neither in the loss nor in the metrics
-UNKNOWN = 254  # train id of values that a label file must not hold
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in units of 1
+UNKNOWN = 254  # in a label table: a value that label files must not contain
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
-SAME_COLOUR = (1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 PADDING_RGB = tuple(round(255 * m) for m in MEAN)  # 0 after normalisation
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp")
-IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")  # whatever a file is called, no other of Pillow's readers sees it
-CLASS_FILE_BYTES = 2**20  # classes.json has no more
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")  # whatever the suffix, only these decoders of Pillow are used
 
 
 class DataError(ValueError):
-    """Data that the user can mend; the message names the file, what is wrong with it and a remedy."""
+    """A problem with the data that the user can fix; the message names the file, the problem and a remedy."""
 
 
-# ------------------------------------------------------------------------------------------------------ classes and tables
+# --------------------------------------------------------------------------------------------------- classes and tables
 
 
 @dataclass(frozen=True)
 class Classes:
-    """Names, RGB colours and, where the benchmark has them, categories of the classes, in the order of the train ids."""
+    """Names, RGB colours and, where the benchmark has them, categories of the classes, by train id."""
 
     names: tuple[str, ...]
     colours: tuple[tuple[int, int, int], ...]
     categories: tuple[str, ...] = ()
 
     def palette(self) -> np.ndarray:
-        """(256, 3) uint8 RGB colours of the train ids; what is no class is black."""
+        """(256, 3) uint8 RGB colours of the train ids; black where there is no class."""
         palette = np.zeros((256, 3), np.uint8)
         palette[: len(self.colours)] = self.colours
         return palette
 
     def colour_map(self, label: np.ndarray) -> Image.Image:
         """(H, W) uint8 train ids -> RGB image in the classes' colours; ignored pixels are black."""
-        image = Image.frombuffer("P", label.shape[::-1], np.ascontiguousarray(label), "raw", "P", 0, 1)
-        image.putpalette(self.palette().tobytes())
-        return image.convert("RGB")
+        indices = Image.fromarray(label)
+        indices.putpalette(self.palette().tobytes())
+        return indices.convert("RGB")  # 17 times as fast as indexing in NumPy
 
     def to_dict(self) -> dict[str, list]:
         """Plain types, for checkpoints and JSON."""
@@ -90,8 +75,7 @@ class Classes:
     @classmethod
     def from_dict(cls, fields: dict[str, list]) -> Classes:
         """The inverse of `to_dict`."""
-        colours = tuple(tuple(colour) for colour in fields["colours"])
-        return cls(tuple(fields["names"]), colours, tuple(fields["categories"]))
+        return cls(tuple(fields["names"]), tuple(map(tuple, fields["colours"])), tuple(fields["categories"]))
 
 
 # Train id: (name, colour, category, label id in the files), https://www.cityscapes-dataset.com/dataset-overview/
@@ -116,9 +100,6 @@ _CITYSCAPES = (
     ("motorcycle", (0, 0, 230), "vehicle", 32),
     ("bicycle", (119, 11, 32), "vehicle", 33),
 )
-_CITYSCAPES_LABEL_IDS = range(34)  # ids 0 to 33; those without a train id are ignored
-_CITYSCAPES_LICENSE_PLATE = 255  # label id -1 in a uint8 file
-
 _CAMVID = (
     ("sky", (128, 128, 128)),
     ("building", (128, 0, 0)),
@@ -132,32 +113,28 @@ _CAMVID = (
     ("pedestrian", (64, 64, 0)),
     ("bicyclist", (0, 128, 192)),
 )
-_CAMVID_UNLABELLED = 11
 
 CITYSCAPES = Classes(*zip(*(entry[:3] for entry in _CITYSCAPES)))
-CITYSCAPES_LABEL_IDS = tuple(entry[3] for entry in _CITYSCAPES)  # of the train ids, as the evaluation server wants them
+CITYSCAPES_LABEL_IDS = tuple(entry[3] for entry in _CITYSCAPES)  # by train id, for the evaluation server
 CAMVID = Classes(*zip(*_CAMVID))
 
 
-def label_table(train_ids: dict[int, int], ignored: Sequence[int], size: int = 256) -> bytes:
-    """Train ids, one for each value of a label file, or for each colour red x 65536 + green x 256 + blue with a size of 2 ** 24.
+def label_table(values: Sequence[int], ignored: Iterable[int], size: int = 256) -> bytes:
+    """The train id of every value in a label file: i for values[i], IGNORE for ignored values, UNKNOWN for others.
 
-    Values in neither argument become UNKNOWN.
+    The value of a colour is red x 65536 + green x 256 + blue, with a size of 2 ** 24.
     """
     table = bytearray([UNKNOWN]) * size
-    for value in ignored:
-        table[value] = IGNORE
-    for value, train_id in train_ids.items():
+    for value, train_id in [*zip(values, range(UNKNOWN)), *((value, IGNORE) for value in ignored)]:
         table[value] = train_id
     return bytes(table)
 
 
-# ---------------------------------------------------------------------------------------------- the three layouts on disk
+# ------------------------------------------------------------------------------------------------------ layouts on disk
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Paths of an image, its label map and, where there is one, its map of instances."""
+class Sample(NamedTuple):
+    """Paths of an image, its label map and, where there is one, its instance map."""
 
     image: Path
     label: Path
@@ -167,7 +144,7 @@ class Sample:
 def open_dataset(
     name: str, root: str | Path, split: str, augmentation: Augmentation | None = None
 ) -> SegmentationDataset:
-    """A split of a labelled dataset.
+    """Opens a split of a labelled dataset.
 
     Args:
         name: "cityscapes", "camvid" or "folder".
@@ -175,547 +152,261 @@ def open_dataset(
             cityscapes: leftImg8bit/{split}/{city}/*_leftImg8bit.png, gtFine/{split}/{city}/*_gtFine_labelIds.png
                 (split train_extra: gtCoarse);
             camvid: {split}/NAME.png or .jpg, {split}annot/NAME.png with ids 0 to 10, 11 = unlabelled;
-            folder: images/{split}/NAME.*, labels/{split}/NAME.png, sub-folders allowed, and classes.json:
-                {"names": [...], "colours": [[r, g, b], ...], "ignore": 255}, the last two optional. Label maps hold the
-                classes' numbers, from 0 on; with "labels": "colours" their colours, and "ignore" is a list of colours.
-        split: a split's name, or several joined by "+", as in "train+val".
-        augmentation: how (epoch, position, index) keys are read; needed for training alone.
+            folder: images/{split}/NAME.*, labels/{split}/NAME.png, subfolders allowed, and classes.json:
+                {"names": [...], "colours": [[r, g, b], ...], "ignore": 255}, the last two optional. Label maps contain
+                class ids, counted from 0; with "labels": "colours" the classes' colours, and "ignore" lists colours.
+        split: name of a split, or several joined by "+", as in "train+val".
+        augmentation: what `dataset[epoch, position, index]` applies; only training needs it.
 
-    Raises:
-        DataError: no data there, an image without its label or the other way round, a bad classes.json, a split twice.
+    Raises DataError for no data, an image without its label or a label without its image, or a bad classes.json.
     """
-    classes, table, find = _open_layout(name, Path(root))
-    samples = [sample for part in _parts(split) for sample in find(part)]
+    root = Path(root)
+    classes, table = read_classes(name, root)
+    samples: list[Sample] = []
+    for part in split_names(split):
+        found, problems = find_samples(name, root, part)
+        if problems:
+            raise DataError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+        samples += found
     return SegmentationDataset(samples, classes, table, augmentation)
 
 
-def _parts(split: str) -> list[str]:
-    """Names of splits joined by "+". An empty one would be all splits at once, and one that comes twice count double."""
-    parts = split.split("+")
-    if "" in parts or len(set(parts)) < len(parts):
-        raise DataError(
-            f'split {split!r} has a part that is empty or there twice; give e.g. train, or "train+val" for both'
-        )
-    return parts
+def split_names(split: str) -> list[str]:
+    """The names of splits joined by "+"."""
+    names = split.split("+")
+    if "" in names or len(set(names)) < len(names):
+        raise DataError(f'split {split!r} has an empty or repeated part; give e.g. train, or "train+val" for both')
+    return names
 
 
-def _open_layout(name: str, root: Path):
-    """Classes, table of label values, and what finds the samples of a split."""
-    layouts = {"cityscapes": _open_cityscapes, "camvid": _open_camvid, "folder": _open_folder}
-    if name not in layouts:
-        raise DataError(f"dataset {name!r} is unknown, expected one of {', '.join(layouts)}")
-    if not root.is_dir():
-        raise DataError(
-            f"{root}: no such folder, expected that of the {name} dataset; see Data in README.md for its layout"
-        )
-    signs = {
-        "cityscapes": root / "leftImg8bit",
-        "camvid": next(root.glob("*annot"), None),
-        "folder": root / "classes.json",
-    }
-    there = [each for each, path in signs.items() if path and path.exists()]
-    if there and name not in there:
-        raise DataError(
-            f"{signs[there[0]]} says that this is dataset {there[0]}, not {name}; give --dataset {there[0]}"
-        )
-    return layouts[name](root)
+_LAYOUTS = {  # folder of images, folder of labels, pattern of the files in both, ends of their names ("": any suffix)
+    "cityscapes": ("leftImg8bit/{split}", "{gt}/{split}", "*/*", "_leftImg8bit.png", "_{gt}_labelIds.png"),
+    "camvid": ("{split}", "{split}annot", "*", "", ""),
+    "folder": ("images/{split}", "labels/{split}", "**/*", "", ""),
+}
 
 
-def _open_cityscapes(root: Path):
-    train_ids = {entry[3]: i for i, entry in enumerate(_CITYSCAPES)}
-    table = label_table(train_ids, ignored=(*_CITYSCAPES_LABEL_IDS, _CITYSCAPES_LICENSE_PLATE))
-
-    def find(split: str, lone: list[str] | None = None) -> list[Sample]:
-        kind = "gtCoarse" if split == "train_extra" else "gtFine"
-        images, labels = root / "leftImg8bit" / split, root / kind / split
-        samples = _pair(
-            images,
-            "*/*_leftImg8bit.png",
-            "_leftImg8bit.png",
-            labels,
-            f"*/*_{kind}_labelIds.png",
-            f"_{kind}_labelIds.png",
-            lone,
-        )
-        instances = [s.label.with_name(s.label.name.replace("_labelIds.png", "_instanceIds.png")) for s in samples]
-        return [Sample(s.image, s.label, path if path.is_file() else None) for s, path in zip(samples, instances)]
-
-    return CITYSCAPES, table, find
-
-
-def _open_camvid(root: Path):
-    table = label_table({i: i for i in range(len(_CAMVID))}, ignored=(_CAMVID_UNLABELLED,))
-
-    def find(split: str, lone: list[str] | None = None) -> list[Sample]:
-        return _pair(root / split, "*", "", root / f"{split}annot", "*", "", lone)
-
-    return CAMVID, table, find
-
-
-def _open_folder(root: Path):
-    names, colours, table = _read_classes(root / "classes.json")
-
-    def find(split: str, lone: list[str] | None = None) -> list[Sample]:
-        return _pair(root / "images" / split, "**/*", "", root / "labels" / split, "**/*", "", lone)
-
-    return Classes(tuple(names), tuple(colours)), table, find
-
-
-_CLASSES_FORM = 'write e.g. {"names": ["road", "car"], "ignore": 255}'
-
-
-def _read_classes(path: Path) -> tuple[list[str], list[tuple[int, int, int]], bytes]:
-    """Names, colours and `label_table` of a classes.json, see `open_dataset`. Raises DataError for anything else."""
-    try:
-        with _open_regular(path) as file:
-            text = file.read(CLASS_FILE_BYTES + 1)
-        if len(text) > CLASS_FILE_BYTES:
-            raise DataError(f"{path}: more than {size_text(CLASS_FILE_BYTES)}, expected a few names; {_CLASSES_FORM}")
-        content = json.loads(text.decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; {_CLASSES_FORM}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: not the expected JSON ({_reason(error)}); {_CLASSES_FORM}") from error
-
-    def check(fine: bool, what: str) -> None:
-        if not fine:
-            raise DataError(f"{path}: not the expected JSON ({what}); {_CLASSES_FORM}")
-
-    def is_byte(value: object) -> bool:
-        return type(value) is int and 0 <= value <= 255  # JSON's true and false are no numbers here
-
-    check(isinstance(content, dict) and "names" in content, 'expected an object with "names"')
-    stray = ", ".join(repr(key)[:40] for key in sorted(content.keys() - {"names", "colours", "ignore", "labels"})[:3])
-    meant = "; did you mean colours?" if "colors" in content else ""
-    check(not stray, f"unknown are {stray}, expected names, colours, ignore and labels{meant}")
-    labels = content.get("labels", "ids")
-    meant = "; did you mean colours?" if labels == "colors" else ""
-    check(labels in ("ids", "colours"), f'labels is {labels!r:.40}, expected "ids" or "colours"{meant}')
-    coded = content.get("labels") == "colours"
-    names, colours, ignored = content["names"], content.get("colours"), content.get("ignore", [] if coded else IGNORE)
-    check(not coded or colours is not None, '"labels": "colours" needs the colours')
-    # Printable, on one line of a table: so neither a line break nor half of a surrogate pair.
-    fine = isinstance(names, list) and all(
-        isinstance(name, str) and name.isprintable() and name.strip() for name in names
-    )
-    check(fine, "names must be a list of printable strings, none of them empty")
-    twice = next((name for at, name in enumerate(names) if name in names[:at]), None)
-    check(twice is None, f"two classes are called {twice!r:.60}")
-    colours = _palette(len(names)) if colours is None else colours
-    check(
-        isinstance(colours, list) and all(isinstance(colour, list | tuple) for colour in colours),
-        "colours must be lists",
-    )
-    ignored = ignored if isinstance(ignored, list) else [ignored]
-    if not 0 < len(names) <= UNKNOWN or len(colours) != len(names) or any(len(colour) != 3 for colour in colours):
-        raise DataError(
-            f"{path}: {len(names)} names and {len(colours)} colours, expected 1 to {UNKNOWN} names, an RGB each"
-        )
-    levels = [level for colour in colours for level in colour]
-    if coded:
-        check(all(isinstance(each, list) and len(each) == 3 for each in ignored), "ignore must be a list of colours")
-        levels += [level for colour in ignored for level in colour]
-    if not all(map(is_byte, levels if coded else [*ignored, *levels])):
-        raise DataError(f"{path}: colours and ignored values must be whole numbers that lie between 0 and 255")
-    colours = [tuple(colour) for colour in colours]
-    if not coded:
-        return names, colours, label_table({i: i for i in range(len(names)) if i not in ignored}, ignored)
-    codes = [red << 16 | green << 8 | blue for red, green, blue in [*colours, *ignored]]
-    twice = next((code for at, code in enumerate(codes) if code in codes[:at]), None)
-    check(twice is None, f"colour {_colour_text(twice or 0)} is there twice")
-    return (
-        names,
-        colours,
-        label_table({code: i for i, code in enumerate(codes[: len(names)])}, codes[len(names) :], 2**24),
-    )
-
-
-def _colour_text(code: int) -> str:
-    return str([code >> 16, code >> 8 & 255, code & 255])
-
-
-def _palette(count: int) -> list[tuple[int, int, int]]:
-    """`count` distinct colours: hues by the golden ratio, on two levels of brightness."""
-    hues = [(i * 0.618034) % 1 for i in range(count)]
-    colours = [colorsys.hsv_to_rgb(hue, 0.8, 0.9 if i % 2 else 0.6) for i, hue in enumerate(hues)]
-    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colours]
-
-
-def _pair(
-    image_dir: Path,
-    image_glob: str,
-    image_end: str,
-    label_dir: Path,
-    label_glob: str,
-    label_end: str,
-    lone: list[str] | None = None,
-) -> list[Sample]:
-    """Images and labels of the same name, less the given ends or, where those are empty, the suffix.
-
-    What has no partner, or the name of another, is an error, or left out and said in `lone`.
-    """
-
-    def listing(folder: Path, glob: str, end: str) -> dict[str, Path]:
-        depth = math.inf if "**" in glob else glob.count("/")
-        names: dict[str, Path] = {}
-        for path in sorted(
-            p for p in _files(folder, depth) if p.suffix.lower() in IMAGE_SUFFIXES and p.name.endswith(end)
-        ):
-            relative = path.relative_to(folder)
-            name = relative.as_posix().removesuffix(end) if end else relative.with_suffix("").as_posix()
-            if name in names:
-                twice = f"{path}: has the same name as {names[name]}; rename or remove one"
-                if lone is None:
-                    raise DataError(twice)
-                lone.append(twice)
-                continue
-            names[name] = path
-        return names
-
-    images, labels = listing(image_dir, image_glob, image_end), listing(label_dir, label_glob, label_end)
+def find_samples(name: str, root: Path, split: str) -> tuple[list[Sample], list[str]]:
+    """The samples of a split, and a line for every file without partner or of a name that occurs twice."""
+    gt = "gtCoarse" if split == "train_extra" else "gtFine"
+    image_dir, label_dir, pattern, image_end, label_end = (part.format(split=split, gt=gt) for part in _LAYOUTS[name])
+    images, problems = _list_files(root / image_dir, pattern, image_end)
+    labels, more_problems = _list_files(root / label_dir, pattern, label_end)
+    problems += more_problems
     if not images:
-        raise DataError(f"{image_dir}: no images ({image_glob}); check the folder, --dataset and the split's name")
-    for kind, have, other, folder in (("image", images, labels, label_dir), ("label", labels, images, image_dir)):
-        single = sorted(have.keys() - other.keys())
-        missing = "label" if kind == "image" else "image"
-        told = [f"{have[name]}: {kind} without its {missing} in {folder}" for name in single]
-        if lone is not None:
-            lone += told
-        elif told:
-            more = f" (and {len(told) - 1} more like it)" if len(told) > 1 else ""
-            raise DataError(f"{told[0]}{more}; add the {missing} or remove it")
-    return [Sample(images[name], labels[name]) for name in images if name in labels]
+        raise DataError(f"{root / image_dir}: no images; check the folder, --dataset and the name of the split")
+    for files, others, folder in ((images, labels, root / label_dir), (labels, images, root / image_dir)):
+        alone = [files[name] for name in files if name not in others]
+        problems += [f"{path}: no file of this name in {folder}; add it, or remove this one" for path in alone]
+    samples = [Sample(images[stem], labels[stem]) for stem in images if stem in labels]
+    if name == "cityscapes":
+        maps = [s.label.with_name(s.label.name.replace("_labelIds", "_instanceIds")) for s in samples]
+        samples = [s._replace(instances=path) if path.is_file() else s for s, path in zip(samples, maps)]
+    return samples, problems
 
 
-def _files(folder: Path, depth: float, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Files `depth` folders below this one, or at any depth where that is infinite; links to folders are followed.
+def _list_files(folder: Path, pattern: str, end: str) -> tuple[dict[str, Path], list[str]]:
+    """Image files by their path below the folder without end or suffix, and one line per file that repeats one."""
+    files: dict[str, Path] = {}
+    problems = []
+    for path in sorted(folder / found for found in glob.glob(pattern + end, root_dir=folder, recursive=True)):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            first = files.setdefault(path.relative_to(folder).as_posix().removesuffix(end or path.suffix), path)
+            if first != path:
+                problems.append(f"{path}: has the same name as {first}; rename or remove one")
+    return files, problems
 
-    Left out are a link to a folder around it, which would lead round for ever, and hidden files and folders, such as ._NAME.jpg
-    and .ipynb_checkpoints, which desktops and notebooks leave behind.
 
-    Raises:
-        DataError: a folder that may not be read.
-    """
-    real = os.path.realpath(folder)
-    if any(inner == real or inner.startswith(os.path.join(real, "")) for inner in above):
-        return
+def read_classes(name: str, root: Path) -> tuple[Classes, bytes]:
+    """The classes of a dataset and the `label_table` of its label maps. Raises DataError."""
+    if name not in _LAYOUTS:
+        raise DataError(f"dataset {name!r} is unknown, expected one of {', '.join(_LAYOUTS)}")
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder, expected that of the {name} dataset; README.md describes its layout")
+    marks = {"cityscapes": "leftImg8bit", "camvid": "trainannot", "folder": "classes.json"}
+    present = [dataset for dataset, mark in marks.items() if (root / mark).exists()]
+    if present and name not in present:
+        raise DataError(f"{root / marks[present[0]]} is of dataset {present[0]}; give --dataset {present[0]}")
+    if name == "cityscapes":
+        ignored = {*range(34), 255} - {*CITYSCAPES_LABEL_IDS}  # 255 is label id -1, license plate
+        return CITYSCAPES, label_table(CITYSCAPES_LABEL_IDS, ignored)
+    if name == "camvid":
+        return CAMVID, label_table(range(11), ignored=[11])  # 11 is unlabelled
+    path, form = root / "classes.json", 'write e.g. {"names": ["road", "car"], "ignore": 255}'
     try:
-        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({_reason(error)}); make it readable, or remove it") from error
-    for entry in entries:
-        path = folder / entry.name
-        if os.path.isdir(path) if entry.is_symlink() else entry.is_dir():
-            if depth > 0:
-                yield from _files(path, depth - 1, (*above, real))
-        elif depth in (0, math.inf):
-            yield path
+        return _parse_classes(json.loads(path.read_text("utf-8-sig")))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {error}; {form}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading
+def _parse_classes(content: object) -> tuple[Classes, bytes]:
+    """Classes and `label_table` of a classes.json, see `open_dataset`. Raises ValueError."""
+    if not isinstance(content, dict):
+        raise ValueError("expected a JSON object")
+    unknown = content.keys() - {"names", "colours", "ignore", "labels"}
+    if unknown or content.get("labels", "ids") not in ("ids", "colours"):
+        unknown = min(unknown, default=f"labels: {content.get('labels')}")
+        raise ValueError(f'{unknown!r} is unknown, expected names, colours, ignore, and labels of "ids" or "colours"')
+    names = content.get("names")
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError("names must be a list of non-empty strings")
+    if not 0 < len(names) <= UNKNOWN:
+        raise ValueError(f"{len(names)} names, expected 1 to {UNKNOWN}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"two classes are called {max(names, key=names.count)!r}")
+    by_colour = content.get("labels", "ids") == "colours"
+    colours = content.get("colours", None if by_colour else _distinct_colours(len(names)))
+    if not isinstance(colours, list) or len(colours) != len(names) or not all(map(_is_colour, colours)):
+        raise ValueError(f"colours must be a list of {len(names)} [red, green, blue] of 0 to 255, one for each name")
+    ignored = content.get("ignore", [] if by_colour else IGNORE)
+    ignored = ignored if isinstance(ignored, list) else [ignored]
+    if not all(map(_is_colour if by_colour else _is_byte, ignored)):
+        raise ValueError(f"ignore must be a list of {'[red, green, blue]' if by_colour else 'numbers'} of 0 to 255")
+    classes = Classes(tuple(names), tuple(map(tuple, colours)))
+    if not by_colour:
+        return classes, label_table(range(len(names)), ignored)
+    codes = [int.from_bytes(colour, "big") for colour in [*colours, *ignored]]
+    if len(set(codes)) < len(codes):
+        raise ValueError("a colour occurs twice in colours and ignore")
+    return classes, label_table(codes[: len(names)], codes[len(names) :], 2**24)
 
 
-@functools.cache
-def _quiet_pillow() -> None:
-    """Once, when the first image is read: no warnings of what is no error here, Exif data in disorder and pictures of 90 megapixels."""
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+def _is_byte(value: object) -> bool:
+    return type(value) is int and 0 <= value <= 255  # a bool is an int, too
+
+
+def _is_colour(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_byte, value))
+
+
+def _distinct_colours(count: int) -> list[list[int]]:
+    """Hues by the golden ratio, at two levels of brightness."""
+    colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.8, 0.9 if i % 2 else 0.6) for i in range(count)]
+    return [[round(255 * level) for level in colour] for colour in colours]
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An RGB image as viewers show it: turned as its Exif orientation says, transparency left out.
+    """Reads an RGB image, upright as its Exif orientation says, without its transparency.
 
-    Raises:
-        DataError: no regular file, or none of IMAGE_FORMATS; it cannot be decoded, a PNG's checksum is wrong, or it has more
-            than 8 bits per channel. JPEG, BMP, PPM and WebP have no checksums: damage that leaves them readable goes unseen.
+    Raises DataError if it is missing, damaged, or has more than 8 bits per channel. Only PNG has checksums: damage that
+    leaves another format decodable is not noticed.
     """
-    with _opened(path) as (image, bits):
-        if bits > 8 or image.mode.startswith(("I", "F")):  # convert() would clip nearly all of it to white
-            raise DataError(f"{path}: image of mode {image.mode}, expected 8 bits per channel, no more; convert it")
-        turn = _turn(image)
-        image.load()
-        image.info.pop("transparency", None)  # Pillow would look for a colour to stand for it
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        return image if turn is None else image.transpose(turn)
+    image = _load(path)
+    if image.mode[0] in "IF":  # convert() would clip nearly all of it to white
+        raise DataError(f"{path}: image of mode {image.mode}, expected 8 bits per channel; convert it")
+    return _to_rgb(image)
 
 
-def writable_as_picture(path: Path) -> bool:
-    """Whether Pillow writes RGB in the format of the suffix; some formats it only reads, or writes in black and white."""
-    try:
-        Image.new("RGB", (64, 64)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
-    except (KeyError, OSError, ValueError):
-        return False
-    return True
+def read_label(path: str | Path, table: bytes) -> np.ndarray:
+    """Reads a label map as (H, W) uint8 train ids, upright like its image. `table` is a `label_table`.
 
-
-def read_size(path: str | Path) -> tuple[int, int]:
-    """Width and height of the image that `read_image` gives, without decoding it. Raises DataError where it is no image."""
-    with _opened(path, checked=False) as (image, _):
-        return image.size[::-1] if _turn(image) in _QUARTER_TURNS else image.size
-
-
-def read_label(path: str | Path, table: bytes, classes: Classes | None = None) -> Image.Image:
-    """A label map of train ids (mode "L"), turned like an image. The classes are there for the message about a stray value.
-
-    Raises:
-        DataError: what `read_image` raises; a format, mode or depth in which values are not class ids; a value outside the table.
+    Raises DataError if it is missing or damaged, its format or mode does not keep class ids, or a value is UNKNOWN.
     """
-    with _opened(path) as (label, bits):
-        if label.format not in ("PNG", "BMP"):  # JPEG smears values, PPM scales them
-            raise DataError(
-                f"{path}: label map in a file of {label.format}, which does not keep class ids; save it as PNG"
-            )
-        if len(table) > 256:
-            return _read_coloured(path, label, table)
-        if label.mode not in ("L", "P"):
-            remedy = (
-                '; where these are colours, say "labels": "colours" in classes.json'
-                if label.mode in ("RGB", "RGBA")
-                else ""
-            )
-            raise DataError(
-                f"{path}: label map of mode {label.mode}, expected one channel of 8 bits with a class id per pixel{remedy}"
-            )
-        if label.mode == "L" and bits < 8:  # Pillow scales them: 1 of 4 bits would be read as 17
-            raise DataError(
-                f"{path}: label map of {bits} bits, whose values are shades of grey; save it with 8 bits per pixel"
-            )
-        turn = _turn(label)
-        label.load()
-        if label.mode == "P":  # a palette is for viewers: the indices are the labels
-            label = Image.frombytes("L", label.size, label.tobytes())
-        label = label if turn is None else label.transpose(turn)
-    train_ids = label.point(table)
-    if (np.asarray(train_ids) == UNKNOWN).any():
-        stray = [value for value, count in enumerate(label.histogram()) if count and table[value] == UNKNOWN]
-        values = ", ".join(map(str, stray[:5])) + (", ..." if len(stray) > 5 else "")
-        if classes in (None, CITYSCAPES, CAMVID):
-            what = "is outside the dataset's table; correct the file, or choose its --dataset"
-        else:
-            ignored = [value for value in range(256) if table[value] == IGNORE]
-            remedy = f'"ignore": {sorted([*stray, *ignored])}' if len(stray) <= 5 else '"ignore": a list of them'
-            last = len(classes.names) - 1
-            what = f"is outside classes.json (names 0 to {last}); correct the file, add a name, or say {remedy}"
-        raise DataError(f"{path}: label value {values} {what}")
+    label = _load(path)
+    if label.format not in ("PNG", "BMP"):
+        raise DataError(f"{path}: label map in {label.format} format, which alters class ids; save it as PNG")
+    by_colour = len(table) > 256
+    if label.mode not in (("RGB", "RGBA", "P") if by_colour else ("L", "P")):
+        kind = "colours" if by_colour else 'class ids of 8 bits (for colours, set "labels": "colours" in classes.json)'
+        raise DataError(f"{path}: label map of mode {label.mode}, expected {kind}")
+    if by_colour:
+        values = np.asarray(_to_rgb(label)) @ np.array([65536, 256, 1])
+        train_ids = np.frombuffer(table, np.uint8)[values]
+    else:
+        values = np.asarray(label)  # of mode P the indices; its palette is for viewers
+        train_ids = np.frombuffer(values.tobytes().translate(table), np.uint8).reshape(values.shape)
+    unknown = train_ids == UNKNOWN
+    if unknown.any():
+        found, counts = np.unique(values[unknown], return_counts=True)
+        most = found[np.argsort(-counts)][:5].tolist()
+        shown = ", ".join(str(list(value.to_bytes(3, "big")) if by_colour else value) for value in most)
+        raise DataError(
+            f"{path}: label {'colour' if by_colour else 'value'} {shown} in {counts.sum()} pixels is no class; "
+            "correct the file, give its --dataset, or add it to classes.json"
+        )
     return train_ids
 
 
-def _read_coloured(path: str | Path, label: Image.Image, table: bytes) -> Image.Image:
-    """A label map in the classes' colours, opened and not loaded."""
-    turn = _turn(label)
-    if label.mode not in ("RGB", "RGBA", "P"):
-        raise DataError(f"{path}: label map of mode {label.mode}, expected the classes' colours, as classes.json says")
-    label.load()
-    label.info.pop("transparency", None)
-    label = label.convert("RGB")
-    pixels = np.asarray(label if turn is None else label.transpose(turn))
-    codes = pixels @ np.array([65536, 256, 1])
-    train_ids = np.frombuffer(table, np.uint8)[codes]
-    if (train_ids == UNKNOWN).any():
-        stray, counts = np.unique(codes[train_ids == UNKNOWN], return_counts=True)
-        worst = ", ".join(_colour_text(int(code)) for code in stray[np.argsort(-counts)][:5])
-        raise DataError(
-            f"{path}: label colour {worst}{', ...' if len(stray) > 5 else ''} in {counts.sum()} pixels is not in classes.json; add it "
-            "to the colours, or to ignore"
-        )
-    return Image.fromarray(train_ids)
-
-
-_TURNS = dict(
-    zip(
-        range(2, 9),
-        (
-            Image.Transpose.FLIP_LEFT_RIGHT,
-            Image.Transpose.ROTATE_180,
-            Image.Transpose.FLIP_TOP_BOTTOM,
-            Image.Transpose.TRANSPOSE,
-            Image.Transpose.ROTATE_270,
-            Image.Transpose.TRANSVERSE,
-            Image.Transpose.ROTATE_90,
-        ),
-    )
-)  # Exif's orientations; 1 is as it lies
-_QUARTER_TURNS = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))  # which swap width and height
-
-
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """How viewers turn an image that is not loaded yet; None for not at all."""
-    try:
-        # Not PNG's own method, which decodes the whole image to look behind the pixels, where the standard allows no Exif data.
-        return _TURNS.get(Image.Image.getexif(image).get(ExifTags.Base.Orientation))
-    except Exception:  # there is no kind of error that damaged Exif data cannot raise; viewers go without them
-        return None
-
-
-def _open_regular(path: str | Path) -> BinaryIO:
-    """The file. Raises DataError for a folder, a device or a pipe, which would wait for who writes to it."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        raise DataError(f"{path}: is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; replace or remove it")
-    return open(path, "rb")
+def _load(path: str | Path) -> Image.Image:
+    """A decoded image file of any mode, upright. Raises DataError."""
+    with _named_errors(path):
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            image.verify()  # compares the checksums of a PNG, which load() does not
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            image.load()
+    with contextlib.suppress(Exception):  # damaged Exif data raise many kinds of errors; viewers ignore them
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path, checked: bool = True) -> Iterator[tuple[Image.Image, int]]:
-    """An image that is not loaded yet, and its bits per channel, 8 for all but PNG and unless `checked`.
-
-    What goes wrong with the file within the block becomes a DataError, too.
-    """
-    _quiet_pillow()
+def _named_errors(path: str | Path) -> Iterator[None]:
+    """Turns every error that Pillow raises for a missing or damaged file into a DataError of one line."""
     try:
-        with _open_regular(path) as file:
-            bits = _check_png(file) if checked else 8
-            file.seek(0)
-            image = Image.open(file, formats=IMAGE_FORMATS)
-            yield image, bits
-            if checked and image.format == "PNG":
-                _check_length(file, image)
-    except (DataError, MemoryError):  # too little memory is no fault of the file
+        yield
+    except MemoryError:  # not the fault of the file
         raise
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except UnidentifiedImageError:
-        formats = ", ".join(IMAGE_FORMATS)
-        raise DataError(
-            f"{path}: cannot be decoded (its head is none of {formats}); replace or remove the file"
-        ) from None
-    except Exception as error:  # there is no kind of error that a damaged file cannot raise
-        raise DataError(f"{path}: cannot be decoded ({_reason(error)}); replace or remove the file") from error
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())}); replace or remove it") from error
 
 
-def _reason(error: Exception) -> str:
-    """An error of a library in a part of a line."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(f"{type(error).__name__}: {text}".split())[:200]
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.info.pop("transparency", None)  # convert() would take it into account
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _check_png(file: BinaryIO) -> int:
-    """Compares all checksums of a PNG file, of which Pillow leaves out those of the pixels, and returns its bits per channel.
-
-    8 for a file that is no PNG. Raises OSError.
-    """
-    if file.read(8) != b"\x89PNG\r\n\x1a\n":
-        return 8
-    bits, kind = 8, b""
-    while kind != b"IEND":
-        left, kind = struct.unpack(">I4s", _read_exactly(file, 8))
-        checksum = zlib.crc32(kind)
-        while left:
-            block = _read_exactly(file, min(left, 2**20))
-            checksum, left = zlib.crc32(block, checksum), left - len(block)
-            if kind == b"IHDR" and len(block) > 8:
-                bits = block[8]
-        if _read_exactly(file, 4) != checksum.to_bytes(4, "big"):
-            raise OSError(f"wrong checksum in chunk {kind!r}")
-    return bits
-
-
-def _check_length(file: BinaryIO, image: Image.Image) -> None:
-    """Raises OSError for a loaded PNG file whose pixels end early: Pillow leaves the rest of them 0, class 0 of a label map.
-
-    It needs all to be decompressed once more, and is done where the last row is 0 indeed, or not the last to come.
-    """
-    width, height = image.size
-    if not image.info.get("interlace") and np.asarray(image.crop((0, height - 1, width, height))).any():
-        return
-    file.seek(0)
-    content, at, chunks = file.read(), 8, []  # joined once: appending to bytes copies all that came before
-    bits, kind, interlaced = content[24], content[25], content[28]
-    while at < len(content):
-        size = int.from_bytes(content[at : at + 4], "big")
-        if content[at + 4 : at + 8] == b"IDAT":
-            chunks.append(content[at + 8 : at + 8 + size])
-        at += 12 + size
-    bits *= {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]  # of a pixel
-    seven = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-    needed = 0
-    for left, top, step_x, step_y in seven if interlaced else ((0, 0, 1, 1),):
-        columns, rows = -(-(width - left) // step_x), -(-(height - top) // step_y)
-        needed += rows * (1 + -(-columns * bits // 8)) if columns > 0 and rows > 0 else 0
-    if len(zlib.decompressobj().decompress(b"".join(chunks), needed)) < needed:
-        raise OSError("its pixels end early")
-
-
-def _read_exactly(file: BinaryIO, size: int) -> bytes:
-    content = file.read(size)
-    if len(content) < size:
-        raise OSError("truncated PNG file")
-    return content
-
-
+@dataclass(eq=False)
 class SegmentationDataset(torch.utils.data.Dataset):
-    """Images and label maps.
+    """Images and label maps, as ((H, W, 3) uint8 RGB, (H, W) uint8 train ids).
 
-    `dataset[index]` is a whole image and its label; `dataset[epoch, position, index]`, the keys that TrainBatches deals
-    out, an augmented crop that depends on nothing but this key and the augmentation's seed: neither on the number of
-    processes and workers nor on what was read before, nor on whether it is cached.
-
-    Both give ((H, W, 3) uint8 RGB, (H, W) uint8 train ids).
+    `dataset[index]` is a full image and its label. `dataset[epoch, position, index]`, the keys that TrainBatches
+    yields, is an augmented crop that depends only on this key and the augmentation's seed: not on the number of
+    processes and workers, on what was read before, or on caching.
     """
 
-    def __init__(self, samples: list[Sample], classes: Classes, table: bytes, augmentation: Augmentation | None = None):
-        self.samples = samples
-        self.classes = classes
-        self.table = table
-        self.augmentation = augmentation
-        self.cache: RamCache | None = None
+    samples: list[Sample]
+    classes: Classes
+    table: bytes  # `label_table` of the label maps
+    augmentation: Augmentation | None = None
+    cache: RamCache | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        index = key if isinstance(key, int) else key[2]
-        if self.cache:
-            image, label = self.cache[index]
-            height, width = label.shape
-        else:
-            image, label = self.read(index)
-            width, height = label.size
-        if not isinstance(key, int):
-            labels = thumbnail(np.asarray(label)) if self.augmentation.max_class_share < 1 else None
-            image, label = self.augmentation.draw((height, width), key[:2], labels).of(image, label)
+        *sample_key, index = key if isinstance(key, tuple) else (key,)
+        image, label = self.cache[index] if self.cache else self.read(index)
+        if sample_key:
+            image, label = self.augmentation(image, label, sample_key)
         return torch.from_numpy(np.array(image)), torch.from_numpy(np.array(label))
 
-    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """A whole RGB image and its label map of train ids, from their files."""
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """A full RGB image and its (H, W) uint8 label map of train ids, from their files."""
         sample = self.samples[index]
-        image, label = read_image(sample.image), read_label(sample.label, self.table, self.classes)
-        if image.size != label.size:
-            sizes = f"{label.width}x{label.height} pixels, its image {sample.image} {image.width}x{image.height}"
-            with _opened(sample.image, checked=False) as (raw, _):
-                if raw.size == label.size:
-                    sizes += " after the quarter turn that its Exif orientation asks for: turn the label map too"
-            raise DataError(f"{sample.label}: {sizes}; give both the same size")
+        image, label = read_image(sample.image), read_label(sample.label, self.table)
+        height, width = label.shape
+        if image.size != (width, height):
+            turned = " upright, as its Exif orientation says" if image.size == (height, width) else ""
+            size = f"{width}x{height} pixels, its image {sample.image} {image.width}x{image.height}{turned}"
+            raise DataError(f"{sample.label}: {size}; give both the same size")
         return image, label
 
     def read_label(self, index: int) -> np.ndarray:
-        """(H, W) uint8 train ids."""
-        if self.cache:
-            return self.cache[index][1]
-        return np.asarray(read_label(self.samples[index].label, self.table, self.classes))
+        """The (H, W) uint8 label map of train ids alone, for counting classes."""
+        return self.cache[index][1] if self.cache else read_label(self.samples[index].label, self.table)
 
     def read_instances(self, index: int) -> Tensor:
-        """(H, W) int64 map of the single objects of a Cityscapes image: 1000 x train id + number, -1 elsewhere."""
+        """(H, W) int64 instance map of a Cityscapes image: 1000 x train id + number, -1 elsewhere."""
         sample = self.samples[index]
-        with _opened(sample.instances) as (image, _):
-            turn = _turn(image)
-            image.load()
-            values = np.array(image if turn is None else image.transpose(turn)).astype(np.int64)
-        if values.ndim != 2 or values.max(initial=0) >= 34000:
-            raise DataError(
-                f"{sample.instances}: no map of instances, of label id x 1000 + number; restore it, or remove it"
-            )
-        train_ids = np.full(34, -1)
-        train_ids[list(CITYSCAPES_LABEL_IDS)] = np.arange(len(CITYSCAPES_LABEL_IDS))
-        train_id = train_ids[values // 1000]
-        return torch.from_numpy(np.where((values > 1000) & (train_id >= 0), 1000 * train_id + values % 1000, -1))
-
-    def sizes(self) -> np.ndarray:
-        """Height and width of every image, (number, 2) int64, from the heads of their files."""
-        return np.array([read_size(sample.image)[::-1] for sample in self.samples], np.int64).reshape(-1, 2)
+        values = np.asarray(_load(sample.instances)).astype(np.int64)
+        if values.ndim != 2 or values.max() >= 34000:
+            raise DataError(f"{sample.instances}: no map of instances (label id x 1000 + number); replace or remove it")
+        train_ids = np.frombuffer(self.table, np.uint8)[values // 1000].astype(np.int64)
+        is_instance = (values > 1000) & (train_ids < UNKNOWN)
+        return torch.from_numpy(np.where(is_instance, 1000 * train_ids + values % 1000, -1))
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -726,79 +417,59 @@ def normalise(images: Tensor) -> Tensor:
 
 @functools.cache
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A constant, copied once: each copy from the host would wait for what the device is doing."""
-    with torch.inference_mode(False):  # it is kept for training too
+    """A constant, copied once: every copy from the host would wait for the device."""
+    with torch.inference_mode(False):  # training uses it, too
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-# ----------------------------------------------------------------------------------------------------------- augmentation
+# --------------------------------------------------------------------------------------------------------- augmentation
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Section 4.1: random resize, crop, horizontal flip, channel noise and brightness; one seed, any number of workers.
+    """Section 4.1: random resize, crop, horizontal flip, channel noise and brightness."""
 
-    Beyond the paper, and off unless asked for: contrast, saturation and hue, crops without a class that fills them, and a first
-    part of the training at half the resolution.
+    crop_hw: tuple[int, int]  # height and width of the crop in pixels; padding has the mean colour and is ignored
+    scale_range: tuple[float, float] = (0.5, 2.0)  # of the factor by which the image is resized before the crop
+    flip: bool = True  # mirror half of the crops
+    brightness: float = 0.3  # the image is multiplied by a factor in [1 - brightness, 1 + brightness]
+    channel_noise: float = (
+        0.1  # every colour channel is multiplied by a factor in [1 - channel_noise, 1 + channel_noise]
+    )
+    # Beyond the paper, and off by default:
+    contrast: float = 0.0  # and so is the distance to medium grey, by [1 - contrast, 1 + contrast]
+    saturation: float = 0.0  # and the distance to the grey of the same luma, by [1 - saturation, 1 + saturation]
+    hue: float = 0.0  # colours are rotated about the grey axis by an angle in [-hue, hue], in degrees
+    max_class_share: float = 1.0  # a crop is drawn again, up to 10 times, if one class has more of its labelled pixels
+    half_epochs: int = 0  # up to this epoch, counted from 1, crops and resize factors are half as large
+    seed: int = 0  # of the random numbers, together with the key of the sample
 
-    Attributes:
-        crop_hw: height and width of the crop in pixels; what lies outside the image is the mean colour, and ignored.
-        scale_range: bounds of the factor by which the image is resized before the crop; (1, 1) for none.
-        flip: mirror half of the crops.
-        brightness: the image is multiplied by a factor from 1 - brightness to 1 + brightness.
-        channel_noise: each colour channel is multiplied by a factor from 1 - channel_noise to 1 + channel_noise.
-        contrast: the distance to medium grey is multiplied by a factor from 1 - contrast to 1 + contrast.
-        saturation: the distance to the grey of the same luma is multiplied by a factor from 1 - saturation to 1 + saturation.
-        hue: colours turn around the grey axis by an angle from -hue to hue, in degrees.
-        max_class_share: a crop whose most frequent class fills more of its labelled pixels is drawn again, up to 10 times
-            (MMSegmentation's cat_max_ratio); 1 for never.
-        half_epochs: up to this epoch, counted from 1, crops and resize factors are half as large.
-        seed: of the random numbers, together with the key of each sample.
-    """
+    def __call__(self, image, label: np.ndarray, key: Sequence[int]) -> tuple[Image.Image, Image.Image]:
+        """The crop of an RGB image (PIL or (H, W, 3) uint8) and its (H, W) uint8 label map.
 
-    crop_hw: tuple[int, int]
-    scale_range: tuple[float, float] = (0.5, 2.0)
-    flip: bool = True
-    brightness: float = 0.3
-    channel_noise: float = 0.1
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    max_class_share: float = 1.0
-    half_epochs: int = 0
-    seed: int = 0
-
-    def __call__(self, image: Image.Image, label: Image.Image, key: Sequence[int]) -> tuple[Image.Image, Image.Image]:
-        """The crop of an RGB image and of its label map that belongs to `key` (epoch, position in the epoch)."""
-        return self.draw((image.height, image.width), key, thumbnail(np.asarray(label))).of(image, label)
-
-    def draw(self, image_hw: tuple[int, int], key: Sequence[int], labels: np.ndarray | None = None) -> Crop:
-        """The random numbers that belong to `key` (epoch, position in the epoch), for an image of this size.
-
-        labels: `thumbnail` of its label map, which max_class_share below 1 looks at.
+        All random numbers follow from the seed and `key`, (epoch, position in the epoch).
         """
-        if labels is None and self.max_class_share < 1:
-            raise ValueError("max_class_share is below 1, which needs the thumbnail of the label map")
         rng = np.random.default_rng((self.seed, *key))
         factor = 0.5 if self.half_epochs and key[0] <= self.half_epochs else 1.0
-        crop_hw = tuple(round(size * factor) for size in self.crop_hw)
         for _ in range(10):
             scale = factor * rng.uniform(*self.scale_range)
-            scaled_hw = tuple(max(1, round(size * scale)) for size in image_hw)
-            # Where the crop starts in the resized image. A negative start is padding: the smaller image then lies anywhere
-            # in the crop, which is the translation of the paper.
-            top, left = (
-                int(rng.integers(min(0, scaled - crop), max(0, scaled - crop), endpoint=True))
-                for scaled, crop in zip(scaled_hw, crop_hw)
+            rows, columns = (
+                draw_span(rng, size, max(1, round(size * scale)), round(crop * factor))
+                for size, crop in zip(label.shape, self.crop_hw)
             )
-            crop = Crop(crop_hw, tuple(image_hw), scaled_hw, (top, left))
-            if self.max_class_share >= 1 or crop.largest_share(labels) <= self.max_class_share:
+            if self.max_class_share >= 1 or largest_share(label, rows, columns) <= self.max_class_share:
                 break
-        flip = bool(self.flip and rng.random() < 0.5)
-        return replace(crop, flip=flip, colour=self._colour(rng))
+        flip = self.flip and rng.random() < 0.5
+        colour = self._draw_colour(rng)
 
-    def _colour(self, rng: np.random.Generator) -> tuple[float, ...]:
-        """A random 3x4 matrix, row by row, from (red, green, blue, 1) to new colours."""
+        image = cut(image, rows, columns, Image.Resampling.BILINEAR, PADDING_RGB)
+        label = cut(label, rows, columns, Image.Resampling.NEAREST, IGNORE)
+        if flip:
+            image, label = ImageOps.mirror(image), ImageOps.mirror(label)
+        return recolour(image, colour), label
+
+    def _draw_colour(self, rng: np.random.Generator) -> np.ndarray:
+        """A random 3x4 matrix from (red, green, blue, 1) to new colours."""
         colour = np.eye(3, 4)
         if self.brightness or self.channel_noise:
             gain = rng.uniform(1 - self.brightness, 1 + self.brightness)
@@ -811,244 +482,163 @@ class Augmentation:
             factor = rng.uniform(1 - self.saturation, 1 + self.saturation)
             colour = (factor * np.eye(3) + (1 - factor) * np.array(LUMA)) @ colour
         if self.hue:
-            # Rodrigues' rotation around the axis (1, 1, 1) / sqrt(3).
+            # Rodrigues' rotation about the axis (1, 1, 1) / sqrt(3).
             angle = np.deg2rad(rng.uniform(-self.hue, self.hue))
             turn = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
             colour = (np.eye(3) + np.sin(angle) * turn + (1 - np.cos(angle)) * turn @ turn) @ colour
-        return tuple(colour.ravel().tolist())
+        return colour
 
 
-def thumbnail(label: np.ndarray) -> np.ndarray:
-    """Every eighth pixel of an (H, W) label map, copied: enough to see which classes fill a crop."""
-    return label[::8, ::8].copy()
+class Span(NamedTuple):
+    """The rows, or the columns, of a crop, and the part of the image that it shows."""
+
+    size: int  # of the crop; all in pixels
+    offset: int  # where the image begins in the crop; outside of it is padding
+    length: int  # of the image in the crop
+    visible: tuple[float, float]  # part of the image that is resized to this length
+    needed: slice  # pixels of the image that resizing this part needs
 
 
-@dataclass(frozen=True)
-class Crop:
-    """What is cut out of one image, and how.
-
-    Attributes:
-        crop_hw: height and width of the crop in pixels.
-        image_hw: of the image.
-        scaled_hw: of the resized image.
-        start: row and column of the resized image where the crop begins; negative: padding comes first.
-        flip: mirrored.
-        colour: 3x4 matrix, row by row, from (red, green, blue, 1) to new colours.
-    """
-
-    crop_hw: tuple[int, int]
-    image_hw: tuple[int, int]
-    scaled_hw: tuple[int, int]
-    start: tuple[int, int]
-    flip: bool = False
-    colour: tuple[float, ...] = SAME_COLOUR
-
-    def _inside(self) -> list[tuple[int, int]]:
-        """Rows and columns of the resized image that lie in the crop, half-open."""
-        return [(max(a, 0), min(a + crop, size)) for a, crop, size in zip(self.start, self.crop_hw, self.scaled_hw)]
-
-    def _box(self) -> list[tuple[float, float]]:
-        """The same in pixels of the image."""
-        factors = [size / scaled for size, scaled in zip(self.image_hw, self.scaled_hw)]
-        return [(a * f, min(b * f, size)) for (a, b), f, size in zip(self._inside(), factors, self.image_hw)]
-
-    def region(self) -> tuple[slice, slice]:
-        """Rows and columns of the image on which the crop depends."""
-        slices = []
-        for (a, b), size, scaled in zip(self._box(), self.image_hw, self.scaled_hw):
-            reach = max(1, size / scaled) + 1  # of the resizing filter
-            slices.append(slice(max(0, int(a - reach)), min(size, int(b + reach) + 1)))
-        return tuple(slices)
-
-    def largest_share(self, labels: np.ndarray) -> float:
-        """Share of the labelled pixels that its most frequent class has, by the `thumbnail` of the image's label map."""
-        ends = [
-            (math.ceil(a / 8), math.ceil(b / 8)) for a, b in self._box()
-        ]  # those of every eighth pixel that lie inside
-        part = tuple(slice(min(a, size - 1), max(a + 1, b)) for (a, b), size in zip(ends, labels.shape))
-        counts = np.bincount(labels[part].ravel(), minlength=IGNORE + 1)[:IGNORE]
-        return counts.max() / max(1, counts.sum())
-
-    def of(self, image: Image.Image | np.ndarray, label: Image.Image | np.ndarray) -> tuple[Image.Image, Image.Image]:
-        """The crop of an RGB image and of its label map, which may be arrays, (H, W, 3) and (H, W) uint8."""
-        rows, columns = self.region()
-        image, label = (
-            Image.fromarray(each[rows, columns])
-            if isinstance(each, np.ndarray)
-            else each.crop((columns.start, rows.start, columns.stop, rows.stop))
-            for each in (image, label)
-        )
-        (y0, y1), (x0, x1) = self._inside()
-        # Resizing this box alone gives the same pixels as resizing the whole image and cropping, at a tenth of the cost.
-        (top, bottom), (left, right) = self._box()
-        box = (left - columns.start, top - rows.start, right - columns.start, bottom - rows.start)
-        image = image.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box)
-        label = label.resize((x1 - x0, y1 - y0), Image.Resampling.NEAREST, box)
-        size = self.crop_hw[::-1]
-        if image.size != size:
-            whole_image, whole_label = Image.new("RGB", size, PADDING_RGB), Image.new("L", size, IGNORE)
-            whole_image.paste(image, (x0 - self.start[1], y0 - self.start[0]))
-            whole_label.paste(label, (x0 - self.start[1], y0 - self.start[0]))
-            image, label = whole_image, whole_label
-        if self.flip:
-            image, label = (
-                image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-                label.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-            )
-        if self.colour != SAME_COLOUR:
-            matrix = np.array(self.colour).reshape(3, 4)
-            gains = matrix.diagonal()[:, None]
-            if (matrix == gains * np.eye(3, 4)).all():  # one table per channel is faster
-                lookup = np.clip(np.arange(256) * gains + 0.5, 0, 255).astype(np.uint8)  # (3, 256)
-                image = image.point(lookup.ravel().tolist())
-            else:
-                image = image.convert("RGB", self.colour)
-        return image, label
+def draw_span(rng: np.random.Generator, image_size: int, resized_size: int, crop_size: int) -> Span:
+    """A crop at a random position along one axis of a resized image."""
+    # A negative start is padding: a smaller image lies anywhere in the crop, which is the translation of the paper.
+    room = resized_size - crop_size
+    start = int(rng.integers(min(0, room), max(0, room), endpoint=True))
+    first, last = max(start, 0), min(start + crop_size, resized_size)
+    scale = image_size / resized_size
+    visible = first * scale, min(last * scale, image_size)
+    reach = max(1, scale) + 1  # of the resizing filter
+    needed = slice(max(0, int(visible[0] - reach)), min(image_size, int(visible[1] + reach) + 1))
+    return Span(crop_size, first - start, last - first, visible, needed)
 
 
-# ----------------------------------------------------------------------------------------------------------------- caches
+def largest_share(label: np.ndarray, rows: Span, columns: Span) -> float:
+    """Share of the labelled pixels in a crop that its most frequent class has, by every eighth pixel of the image."""
+    label = label[::8, ::8]
+    part = []
+    for (first, last), size in zip((rows.visible, columns.visible), label.shape):
+        begin = math.ceil(first / 8)
+        part.append(slice(min(begin, size - 1), max(begin + 1, math.ceil(last / 8))))
+    counts = np.bincount(label[tuple(part)].ravel(), minlength=IGNORE + 1)[:IGNORE]
+    return counts.max() / max(1, counts.sum())
+
+
+def cut(
+    image: Image.Image | np.ndarray, rows: Span, columns: Span, resampling: Image.Resampling, padding
+) -> Image.Image:
+    """The crop of an image, with padding of the given colour or value."""
+    # Resizing only the visible part gives the pixels of the full resized image, at a tenth of the cost.
+    top, left = rows.needed.start, columns.needed.start
+    if isinstance(image, np.ndarray):
+        part = Image.fromarray(image[rows.needed, columns.needed])
+    else:
+        part = image.crop((left, top, columns.needed.stop, rows.needed.stop))
+    (y0, y1), (x0, x1) = rows.visible, columns.visible
+    part = part.resize((columns.length, rows.length), resampling, (x0 - left, y0 - top, x1 - left, y1 - top))
+    if part.size == (columns.size, rows.size):
+        return part
+    crop = Image.new(part.mode, (columns.size, rows.size), padding)
+    crop.paste(part, (columns.offset, rows.offset))
+    return crop
+
+
+def recolour(image: Image.Image, colour: np.ndarray) -> Image.Image:
+    """Applies a 3x4 matrix from (red, green, blue, 1) to new colours."""
+    gains = colour.diagonal()[:, None]
+    if (colour == gains * np.eye(3, 4)).all():  # one table per channel is faster
+        lookup = np.clip(np.arange(256) * gains + 0.5, 0, 255).astype(np.uint8)  # (3, 256)
+        return image.point(lookup.ravel().tolist())
+    return image.convert("RGB", tuple(colour.ravel().tolist()))
+
+
+# ------------------------------------------------------------------------------------------- cache, batches and loader
 
 
 def free_memory() -> int:
-    """Bytes of main memory that this process may still take: what the system has, or what its container allows."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 2**63
+    """Bytes of main memory that this process may still take, from Linux and its containers; 2 ** 63 if unknown."""
+    free = 2**63
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # no such container, or "max"
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    with contextlib.suppress(OSError, ValueError):  # no container, or "max"
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
     return max(free, 0)
 
 
-def size_text(size: float) -> str:
-    """A number of bytes for people, as in "1.5 GiB"."""
-    power = 1 + (size >= 2**20) + (size >= 2**30)
-    return f"{size / 1024**power:.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"
-
-
-def cache_bytes(dataset: SegmentationDataset) -> int:
-    """What a dataset takes decoded: four bytes a pixel."""
-    return int(4 * dataset.sizes().prod(axis=1).sum())
-
-
-def _decoded(dataset: SegmentationDataset, threads: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(index, image, label map) of all samples, decoded in threads, a few ahead. Raises the first DataError."""
-
-    def read(index: int) -> tuple[np.ndarray, np.ndarray]:
-        image, label = dataset.read(index)
-        return np.array(image), np.array(label)
-
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        waiting: deque[tuple[int, Future]] = deque()
-        try:
-            for index in range(len(dataset)):
-                waiting.append((index, pool.submit(read, index)))
-                while len(waiting) > (2 * threads if index < len(dataset) - 1 else 0):
-                    first, future = waiting.popleft()
-                    yield first, *future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
-
-
-class SharedBytes:
-    """Memory that all processes of this machine can see, once for all of them, and that is gone with the last of them.
-
-    On Linux it is no file and needs no room in /dev/shm; elsewhere it is a temporary file. Pickled, it opens the same memory
-    in the process that reads the pickle, as long as the one that made it lives.
-    """
-
-    def __init__(self, size: int):
-        if hasattr(os, "memfd_create"):
-            descriptor = os.memfd_create("fast-scnn-cache")
-            self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
-            weakref.finalize(self, os.close, descriptor)
-        else:
-            descriptor, self.path = tempfile.mkstemp(prefix="fast-scnn-cache-")
-            os.close(descriptor)
-            weakref.finalize(self, os.unlink, self.path)
-        os.truncate(self.path, size)
-        self.array = self._mapped()
-
-    def _mapped(self) -> np.ndarray:
-        with open(self.path, "r+b") as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
-
-    def __getstate__(self) -> str:
-        return self.path
-
-    def __setstate__(self, path: str) -> None:
-        self.path = path
-        self.array = self._mapped()
+def cache_bytes(dataset: SegmentationDataset) -> list[int]:
+    """Bytes of every decoded image with its label map, from the headers of the files. Raises DataError."""
+    sizes = []
+    for sample in dataset.samples:
+        with _named_errors(sample.image), Image.open(sample.image, formats=IMAGE_FORMATS) as image:
+            sizes.append(4 * image.width * image.height)
+    return sizes
 
 
 class RamCache:
-    """A dataset's decoded images and label maps in memory that all processes and workers of this machine share.
+    """A dataset's decoded images and label maps, in memory that all processes and workers of this machine share.
 
-    `cache[index]` gives views, (H, W, 3) uint8 RGB and (H, W) uint8 train ids. Pickled, it is the same memory.
+    `cache[index]` gives views, (H, W, 3) uint8 RGB and (H, W) uint8 train ids. Unpickled, also by another process, it
+    is the same memory, as long as the process that built it lives.
 
-    Args:
-        dataset: what to decode, all of it, now.
-        threads: how many images are decoded at once.
-
-    Raises:
-        DataError: too little memory, said before anything is decoded; a file that cannot be read or whose size is not
-            what its head says. Nothing is left behind.
+    The constructor decodes the dataset, `threads` images at once. It raises DataError if there is too little memory,
+    before anything is decoded, or if a file cannot be read.
     """
 
     def __init__(self, dataset: SegmentationDataset, threads: int = 4):
-        self.sizes = dataset.sizes()
-        self.ends = np.cumsum(4 * self.sizes.prod(axis=1))
-        needed, free = int(self.ends[-1]), free_memory()
+        self.ends = np.cumsum(cache_bytes(dataset)).tolist()
+        self.shapes = [(0, 0)] * len(dataset)
+        needed, free = self.ends[-1], free_memory()
+        if not hasattr(os, "memfd_create"):
+            raise DataError("the RAM cache needs Linux; train without it")
         if needed > free:
-            raise DataError(
-                f"the cache of {len(dataset)} images takes {size_text(needed)} of memory, of which {size_text(free)} are free; "
-                "train without a cache, or on a part of the data"
-            )
-        self.memory = SharedBytes(needed)
-        for index, image, label in _decoded(dataset, threads):
-            if label.shape != tuple(self.sizes[index]):
-                raise DataError(f"{dataset.samples[index].image}: has other sizes than its head says; replace the file")
-            for view, pixels in zip(self[index], (image, label)):
-                view[:] = pixels
+            sizes = f"{needed / 2**30:.2f} GiB of memory, {free / 2**30:.2f} GiB are free"
+            raise DataError(f"the RAM cache of {len(dataset)} images needs {sizes}; train without it")
+        descriptor = os.memfd_create("fast-scnn-cache")  # no file to leave behind, and /dev/shm may be small
+        weakref.finalize(self, os.close, descriptor)
+        self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        self.memory = np.asarray(np.memmap(self.path, np.uint8, "w+", shape=needed))
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(self._store, [dataset] * len(dataset), range(len(dataset))))
+
+    def _store(self, dataset: SegmentationDataset, index: int) -> None:
+        image, label = dataset.read(index)
+        self.shapes[index] = label.shape
+        for view, pixels in zip(self[index], (image, label)):
+            view[:] = pixels
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        h, w = self.sizes[index]
-        end = self.ends[index]
-        label = self.memory.array[end - h * w : end].reshape(h, w)
-        return self.memory.array[end - 4 * h * w : end - h * w].reshape(h, w, 3), label
+        (height, width), end = self.shapes[index], self.ends[index]
+        image, label = np.split(self.memory[end - 4 * height * width : end], [3 * height * width])
+        return image.reshape(height, width, 3), label.reshape(height, width)
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "memory": None}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.memory = np.asarray(np.memmap(self.path, np.uint8, "r+"))
 
 
 def cache_in_ram(datasets: Sequence[SegmentationDataset]) -> str:
-    """Gives datasets a RamCache, decoded by the first process of each machine, mapped by its others; returns a line for the log.
+    """Gives datasets a RamCache, built by the first process of a machine and shared by the others; returns a log line.
 
-    Datasets after the first are cached where memory is left for them. Under torchrun all processes call this.
+    Datasets after the first are cached if memory is left for them. Under torchrun all processes call this.
     """
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     caches: list[RamCache] = []
     if local_rank == 0:
-        sizes = np.cumsum([cache_bytes(dataset) for dataset in datasets])
+        sizes = np.cumsum([sum(cache_bytes(dataset)) for dataset in datasets])
         fitting = max(1, int((sizes < 0.8 * free_memory()).sum()))
         caches = [RamCache(dataset, os.cpu_count() or 1) for dataset in datasets[:fitting]]
     if dist.is_initialized():
         pickled: list = [None] * dist.get_world_size()
-        dist.all_gather_object(
-            pickled, pickle.dumps(caches)
-        )  # as bytes: only processes of one machine can unpickle them
+        dist.all_gather_object(pickled, pickle.dumps(caches))  # bytes: only processes of one machine can unpickle them
         caches = caches or pickle.loads(pickled[rank - local_rank])
     for dataset, cache in zip(datasets, caches):
         dataset.cache = cache
-    size = sum(int(cache.ends[-1]) for cache in caches)
-    return (
-        f"cache ram: {len(caches)} of {len(datasets)} splits, {size_text(size)}, shared by the processes of a machine"
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------------ order
+    size = sum(cache.ends[-1] for cache in caches) / 2**30
+    return f"cache ram: {len(caches)} of {len(datasets)} splits, {size:.2f} GiB, shared by the processes of a machine"
 
 
 class TrainBatches(torch.utils.data.Sampler):
@@ -1083,321 +673,25 @@ class TrainBatches(torch.utils.data.Sampler):
 
 
 def ignore_interrupts(_worker_id: int) -> None:
-    """worker_init_fn of a DataLoader: Ctrl-C and SIGTERM reach its workers too, but only the main process acts on them."""
+    """worker_init_fn of a DataLoader: Ctrl-C and SIGTERM reach its workers, too, but the main process handles them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # in 5 s the main process has saved; where it is gone, this one ends too
+    if hasattr(signal, "alarm"):  # after 5 s the main process has saved; if it is gone, this one ends, too
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
 
 
 def train_loader(
-    dataset: SegmentationDataset,
-    batch_size: int,
-    *,
-    workers: int = 0,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
+    dataset: SegmentationDataset, batch_size: int, *, workers: int = 0, **sampling: int
 ) -> torch.utils.data.DataLoader:
     """This process's share of augmented batches: (N, H, W, 3) uint8 RGB and (N, H, W) uint8 train ids.
 
-    Its batch_sampler is a TrainBatches, whose `set_epoch` is to be called before each epoch.
+    `sampling` is seed, rank and world_size of its batch_sampler, a TrainBatches; call `set_epoch` before every epoch.
     """
     return torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=TrainBatches(len(dataset), batch_size, seed=seed, rank=rank, world_size=world_size),
+        batch_sampler=TrainBatches(len(dataset), batch_size, **sampling),
         num_workers=workers,
         pin_memory=torch.accelerator.is_available(),
         persistent_workers=workers > 0,
         worker_init_fn=ignore_interrupts,
-        generator=torch.Generator(),  # without its own, it would draw from the random numbers of the training
+        generator=torch.Generator(),  # without its own, it would draw from the training's random numbers
     )
-
-
-# -------------------------------------------------------------------------------------------------------------- own data
-
-
-def check(
-    name: str, root: str | Path, splits: Sequence[str] = (), sheet: str | Path | None = None, rows: int = 6
-) -> dict:
-    """Reads all images and label maps of a dataset, and says what is in them and what is wrong.
-
-    Args:
-        name, root: as in `open_dataset`.
-        splits: which, also joined by "+"; none for all that there are.
-        sheet: file of a picture of some of the images with their labels, and of the classes' colours.
-        rows: how many images of each split are on it.
-
-    Returns:
-        {"splits": {split: {"images", "sizes" {"WxH": count}, "unlabelled" share of the pixels, "classes" {name: {"share" of
-        the labelled pixels, "images" with it}}}}, "problems": [...], each beginning with a file, "notes": [...]}. Where no label map
-        of a split could be read, or none has a label, "classes" is empty; where none could be read, "unlabelled" is None.
-
-    Raises:
-        DataError: there is no dataset, nothing in it, or not the splits asked for.
-    """
-    root = Path(root)
-    classes, table, find = _open_layout(name, root)
-    asked = _parts("+".join(splits)) if splits else []
-    splits = asked or _splits(name, root)
-    if not splits:
-        raise DataError(f"{root}: no splits, expected e.g. {_SPLIT_EXAMPLES[name]}; make the folders")
-    report: dict = {"dataset": name, "root": str(root), "splits": {}, "problems": [], "notes": []}
-    seen: dict[bytes, tuple[str, Path]] = {}  # split and file of the pixels with this digest
-    tiles: list[tuple[Image.Image, Image.Image]] = []
-    for split in splits:
-        lone: list[str] = []
-        try:
-            samples = find(split, lone)
-        except DataError as error:
-            if asked:
-                raise
-            report["problems"].append(str(error))
-            continue
-        if (
-            not samples
-            and split not in ("train", "val")
-            and all(": image without its label in " in each for each in lone)
-        ):
-            report["notes"].append(f"{split}: {len(lone)} images without label maps, for eval.py --predict alone")
-            continue
-        report["problems"] += lone
-        dataset = SegmentationDataset(samples, classes, table)
-        shown = {round((i + 0.5) * len(samples) / rows - 0.5) for i in range(rows)} if sheet else set()
-
-        def read(index: int, split: str = split, dataset: SegmentationDataset = dataset, shown: set[int] = shown):
-            try:
-                image, label = dataset.read(index)
-            except DataError as error:
-                return str(error)
-            counts = np.bincount(np.asarray(label).ravel(), minlength=256)
-            digest = hashlib.blake2b(b"%d" % image.width + image.tobytes(), digest_size=16).digest()
-            tile = (
-                _tile(image, label, classes, f"{split}: {dataset.samples[index].image.name}")
-                if index in shown
-                else None
-            )
-            return image.size, counts, digest, tile
-
-        sizes: dict[str, int] = {}
-        pixels, present = np.zeros(256, np.int64), np.zeros(256, np.int64)
-        bare: list[str] = []  # label maps without a label
-        with (
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-            contextlib.closing(pool.map(read, range(len(samples)))) as results,
-        ):
-            for sample, found in zip(
-                samples, results
-            ):  # closing them, as after Ctrl-C, cancels those that have not begun
-                if isinstance(found, str):
-                    report["problems"].append(found)
-                    continue
-                (width, height), counts, digest, tile = found
-                sizes[f"{width}x{height}"] = sizes.get(f"{width}x{height}", 0) + 1
-                pixels, present = pixels + counts, present + (counts > 0)
-                if tile:
-                    tiles.append(tile)
-                if not counts[:IGNORE].any():
-                    bare.append(f"{sample.label}: no pixel has a label; label it, or remove it and its image")
-                if min(width, height) < 32:
-                    report["problems"].append(
-                        f"{sample.image}: {width}x{height} pixels, the network takes 32x32 and more"
-                    )
-                other = seen.setdefault(digest, (split, sample.image))
-                if other[1] != sample.image:
-                    where = "the same split" if other[0] == split else f"split {other[0]}, so that figures flatter"
-                    report["problems"].append(f"{sample.image}: the same image as {other[1]} of {where}; remove one")
-        names, labelled = classes.names, int(pixels[: len(classes.names)].sum())
-        shares = pixels[: len(names)] / max(1, labelled)
-        report["splits"][split] = {
-            "images": len(samples),
-            "sizes": dict(sorted(sizes.items(), key=lambda item: -item[1])),
-            "unlabelled": float(pixels[IGNORE] / pixels.sum()) if sizes else None,
-            "classes": {
-                n: {"share": float(shares[i]), "images": int(present[i])} for i, n in enumerate(names) if labelled
-            },
-        }
-        if labelled:
-            report["notes"] += [f"{split}: no pixel of class {n}" for i, n in enumerate(names) if not pixels[i]]
-        if bare and not labelled and split not in ("train", "val"):  # Cityscapes' test split is so
-            report["notes"].append(
-                f"{split}: no pixel of its {len(bare)} label maps has a label; it can be predicted, not evaluated"
-            )
-        else:
-            report["problems"] += bare
-    for split, use in (("train", "trains on it; make one, or give it another with --split"), ("val", _NO_VAL)):
-        if not asked and split not in splits:
-            report["notes"].append(f"no split {split}: train.py {use}")
-    if sheet and tiles:
-        _save_sheet(tiles, classes, Path(sheet))
-    return report
-
-
-_NO_VAL = "validates on it; set some images and their label maps apart for it, or give it another with --val-split"
-_SPLIT_EXAMPLES = {
-    "cityscapes": "leftImg8bit/train",
-    "camvid": "train and trainannot",
-    "folder": "images/train and labels/train",
-}
-
-
-def _splits(name: str, root: Path) -> list[str]:
-    """The splits that a dataset's folder has, train first."""
-    parent = {"cityscapes": root / "leftImg8bit", "camvid": root, "folder": root / "images"}[name]
-    found = (
-        [path.name for path in sorted(parent.iterdir()) if path.is_dir() and path.name[0] != "."]
-        if parent.is_dir()
-        else []
-    )
-    if name == "camvid":
-        found = [split for split in found if (root / f"{split}annot").is_dir()]
-    return sorted(found, key=lambda split: (split != "train", split != "val", split))
-
-
-_TILE_WIDTH = 360  # pixels
-
-
-def _tile(image: Image.Image, label: Image.Image, classes: Classes, title: str) -> tuple[Image.Image, Image.Image]:
-    """An image, small and with its title, and the same with its labels in colours laid over it; what is ignored stays as it is."""
-    size = (_TILE_WIDTH, max(1, round(_TILE_WIDTH * image.height / image.width)))
-    image, label = (
-        image.resize(size, Image.Resampling.BILINEAR),
-        np.asarray(label.resize(size, Image.Resampling.NEAREST)),
-    )
-    mask = Image.fromarray(np.where(label == IGNORE, 0, 170).astype(np.uint8))
-    overlay = Image.composite(Image.fromarray(classes.palette()[label]), image, mask)
-    draw, title = ImageDraw.Draw(image), _latin(title)
-    draw.rectangle(draw.textbbox((3, 2), title), "black")
-    draw.text((3, 2), title, "white")
-    return image, overlay
-
-
-def _latin(text: str) -> str:
-    """What Pillow's own font can write of a name."""
-    return text[:50].encode("latin-1", "replace").decode("latin-1")
-
-
-def _save_sheet(tiles: list[tuple[Image.Image, Image.Image]], classes: Classes, path: Path) -> None:
-    """Writes image | labels in two columns, and the classes' colours below."""
-    gap, swatch, columns = 4, 16, 4
-    rows = [tiles[i : i + 2] for i in range(0, len(tiles), 2)]
-    heights = [max(tile.height for pair in row for tile in pair) + gap for row in rows]
-    width = 4 * (_TILE_WIDTH + gap) + gap
-    legend = -(-len(classes.names) // columns) * (swatch + gap) + 2 * gap
-    sheet = Image.new("RGB", (width, gap + sum(heights) + legend), "white")
-    top = gap
-    for row, height in zip(rows, heights):
-        for i, tile in enumerate(tile for pair in row for tile in pair):
-            sheet.paste(tile, (gap + i * (_TILE_WIDTH + gap), top))
-        top += height
-    draw = ImageDraw.Draw(sheet)
-    for i, (name, colour) in enumerate(zip(classes.names, classes.colours)):
-        x, y = gap + i % columns * (width // columns), top + gap + i // columns * (swatch + gap)
-        draw.rectangle((x, y, x + swatch, y + swatch - 1), colour, "black")
-        draw.text((x + swatch + gap, y + 2), _latin(name), "black")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
-    except (OSError, ValueError) as error:  # ValueError: some formats have a greatest size
-        raise DataError(f"{path}: cannot be written ({_reason(error)}); give --sheet another file") from error
-
-
-def _grouped(problems: list[str]) -> list[str]:
-    """One line for all problems that say the same of different files; names of further files in them may differ."""
-    groups: dict[str, list[str]] = {}
-    for problem in problems:
-        groups.setdefault(re.sub(r"\S*/\S*", "", problem.partition(": ")[2]), []).append(problem)
-    return [group[0] + (f" (and {len(group) - 1} more like it)" if len(group) > 1 else "") for group in groups.values()]
-
-
-def _print_report(report: dict) -> None:
-    for split, content in report["splits"].items():
-        sizes = ", ".join(f"{size} ({count})" for size, count in list(content["sizes"].items())[:5])
-        more = f" and {len(content['sizes']) - 5} more sizes" if len(content["sizes"]) > 5 else ""
-        print(f"{split}: {content['images']} images with label maps, {sizes or 'none of which could be read'}{more}")
-    splits = {split: content for split, content in report["splits"].items() if content["classes"]}
-    if splits:
-        _print_shares(splits)
-    for note in report["notes"]:
-        print(f"note: {note}")
-    lines, count = _grouped(report["problems"]), len(report["problems"])
-    for line in lines[:50]:
-        print(f"problem: {line}")
-    if len(lines) > 50:
-        print(f"and {len(lines) - 50} more kinds of problems")
-    every = "; the next line has each of them" if len(lines) < count or len(lines) > 50 else ""
-    print(f"{count or 'no'} problem{'' if count == 1 else 's'}{every}")
-
-
-def _print_shares(splits: dict[str, dict]) -> None:
-    print(f"{'share of the labelled pixels, images':<36}" + "".join(f"{split:>20}" for split in splits))
-    for name in next(iter(splits.values()))["classes"]:
-        cells = [content["classes"][name] for content in splits.values()]
-        print(f"  {name:<34}" + "".join(f"{each['share']:12.3%}{each['images']:8}" for each in cells))
-    print(
-        f"{'unlabelled, of all pixels':<36}"
-        + "".join(f"{content['unlabelled']:12.3%}{'':8}" for content in splits.values())
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, 2 where there are problems, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="data.py", description="Looks at data before a network does.")
-    command = parser.add_subparsers(required=True, metavar="check").add_parser(
-        "check",
-        help="read all of a dataset, and say what is in it and what is wrong",
-        description="Reads every image and label map. Prints the sizes, each class' share, and what is wrong: files without a partner, that "
-        "cannot be read, or are twice there (above all in two splits), values that no class has, maps without a label. The last line is "
-        "one JSON object. Exit status 2 where anything is wrong.",
-    )
-    command.add_argument("root", metavar="ROOT", nargs="?", help="the dataset's folder")
-    command.add_argument("--data", metavar="ROOT", help="the same, as train.py and eval.py call it")
-    command.add_argument("--dataset", default="folder", help="folder, cityscapes or camvid (default: %(default)s)")
-    command.add_argument(
-        "--splits", nargs="+", default=[], metavar="SPLIT", help="default: all that there are; train+val is train val"
-    )
-    command.add_argument(
-        "--sheet", metavar="FILE", help="write a picture of some images with their labels, and the colours"
-    )
-    command.add_argument(
-        "--rows", type=int, default=6, metavar="N", help="images of each split on it (default: %(default)s)"
-    )
-    args = parser.parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):  # file names may be no text in the terminal's encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        if (args.root is None) == (args.data is None):
-            raise DataError("give the dataset's folder once, as in data.py check ROOT")
-        root = Path(args.root or args.data)
-        if not root.is_dir():
-            raise DataError(f"{root}: no such folder; give the dataset's folder as ROOT")
-        if args.rows < 1:
-            raise DataError(f"--rows is {args.rows}, expected at least 1")
-        if args.sheet and not writable_as_picture(Path(args.sheet)):
-            raise DataError(
-                f"--sheet {args.sheet} has no suffix of an image format that can be written; give e.g. sheet.png"
-            )
-        report = check(args.dataset, root, args.splits, args.sheet, args.rows)
-        _print_report(report)
-        if args.sheet:
-            print(f"wrote {args.sheet}")
-        print(json.dumps(report), flush=True)
-        return 2 if report["problems"] else 0
-    except BrokenPipeError:  # of | head; the interpreter would flush once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 2
-    except (DataError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
-    except MemoryError:
-        print(
-            f"data.py: out of memory; {os.cpu_count()} images are read at once: free some, or make images smaller",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("data.py: interrupted", file=sys.stderr)
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

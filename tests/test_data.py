@@ -4,11 +4,8 @@ import io
 import json
 import os
 import pickle
-import socket
 import subprocess
 import sys
-import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +26,14 @@ from data import (
     RamCache,
     SegmentationDataset,
     TrainBatches,
+    label_table,
     normalise,
     open_dataset,
     read_image,
     read_label,
-    read_size,
 )
 
+IDS = label_table(range(20), ignored=[IGNORE])
 PLAIN = {"scale_range": (1.0, 1.0), "flip": False, "brightness": 0.0, "channel_noise": 0.0}
 
 
@@ -48,7 +46,7 @@ def test_cityscapes_label_ids_become_train_ids(drawn, tmp_path):
     expected |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
     ids = np.array([*range(34), 255], np.uint8)
     Image.fromarray(ids[None]).save(tmp_path / "label.png")
-    read = np.array(read_label(tmp_path / "label.png", open_dataset("cityscapes", drawn, "val").table))[0]
+    read = read_label(tmp_path / "label.png", open_dataset("cityscapes", drawn, "val").table)[0]
     assert read.tolist() == [expected.get(int(i), IGNORE) for i in ids]
     assert CITYSCAPES.names[0] == "road" and CITYSCAPES.names[18] == "bicycle" and len(CITYSCAPES.names) == 19
 
@@ -88,41 +86,37 @@ def test_folder_may_choose_what_is_ignored(folder_dataset):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{", "not the expected JSON"),
-        ("[1]", "not the expected JSON"),
-        ('{"names": []}', "0 names"),
-        ('{"names": ["a"], "colours": [[1, 2]]}', "an RGB each"),
-        ('{"names": ["a"], "ignore": 300}', "between 0 and 255"),
-        ("", "not the expected JSON"),
-        ("[" * 100_000, "not the expected JSON .RecursionError"),
-        ('{"names": ["a"], "ignore": Infinity}', "between 0 and 255"),
-        ('{"names": ["a"], "ignore": true}', "between 0 and 255"),
-        ('{"names": ["a"], "ignore": null}', "between 0 and 255"),
-        ('{"names": ["a"], "ignore": %s}' % ("9" * 5000), "not the expected JSON"),
-        ('{"names": ["a"], "colours": [[0.5, 1, 2]]}', "whole numbers that lie between 0 and 255"),
-        ('{"names": ["a"], "colours": [[NaN, 1, 2]]}', "whole numbers"),
-        ('{"names": ["a"], "colours": [[true, 1, 2]]}', "whole numbers"),
-        ('{"names": ["a"], "colours": ["abc"]}', "colours must be lists"),
-        ('{"names": ["a"], "colours": 0}', "colours must be lists"),
-        ('{"names": "abc"}', "names must be a list of printable strings"),
-        ('{"names": ["a", 1]}', "names must be a list of printable strings"),
-        ('{"names": ["a", " "]}', "names must be a list of printable strings"),
-        ('{"names": ["a\\nb"]}', "names must be a list of printable strings"),
-        ('{"names": ["\\ud800"]}', "names must be a list of printable strings"),
+        ("", "Expecting value"),
+        ("{", "Expecting property name"),
+        ("[1]", "expected a JSON object"),
+        ('{"names": []}', "0 names, expected 1 to 254"),
+        ('{"colours": []}', "names must be a list of non-empty strings"),
+        ('{"names": "abc"}', "names must be a list of non-empty strings"),
+        ('{"names": ["a", 1]}', "names must be a list of non-empty strings"),
+        ('{"names": ["a", " "]}', "names must be a list of non-empty strings"),
         ('{"names": ["a", "b", "a"]}', "two classes are called 'a'"),
-        (
-            '{"names": ["a"], "colors": [[1, 2, 3]]}',
-            "unknown are 'colors', .*; did you mean colours.*write e.g. {.names.: ..road., .car.., .ignore.: 255}",
-        ),
-        ('{"names": ["a"]}' + " " * 2**20, "more than 1.0 MiB"),
-        (b'{"names": ["\xff"]}', "not the expected JSON .UnicodeDecodeError"),
+        ('{"names": ["a"], "colors": [[1, 2, 3]]}', "'colors' is unknown, expected names, colours, ignore"),
+        ('{"names": ["a"], "labels": "colors"}', "'labels: colors' is unknown"),
+        ('{"names": ["a"], "colours": [[1, 2]]}', "colours must be a list of 1 "),
+        ('{"names": ["a", "b"], "colours": [[1, 2, 3]]}', "colours must be a list of 2 "),
+        ('{"names": ["a"], "colours": [[0.5, 1, 2]]}', "colours must be a list"),
+        ('{"names": ["a"], "colours": ["abc"]}', "colours must be a list"),
+        ('{"names": ["a"], "ignore": 300}', "ignore must be a list of numbers of 0 to 255"),
+        ('{"names": ["a"], "ignore": true}', "ignore must be a list of numbers"),
+        (b'{"names": ["\xff"]}', "can't decode byte"),
     ],
 )
 def test_bad_class_file_is_named_in_one_line(folder_dataset, content, message):
     (folder_dataset / "classes.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(DataError, match=f"classes.json: .*{message}") as caught:
+    with pytest.raises(DataError, match=f'classes.json: .*{message}.*; write e.g. {{"names"') as caught:
         open_dataset("folder", folder_dataset, "train")
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_missing_class_file_is_named(folder_dataset):
+    (folder_dataset / "classes.json").unlink()
+    with pytest.raises(DataError, match='classes.json: .*No such file.*; write e.g. {"names"'):
+        open_dataset("folder", folder_dataset, "train")
 
 
 def test_class_file_with_a_byte_order_mark_is_read(folder_dataset):
@@ -131,16 +125,72 @@ def test_class_file_with_a_byte_order_mark_is_read(folder_dataset):
     assert open_dataset("folder", folder_dataset, "train").classes.names == ("left", "middle", "right")
 
 
-def test_class_file_that_is_a_folder_or_a_pipe_is_named(folder_dataset):
-    path = folder_dataset / "classes.json"
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(DataError, match="classes.json: is a folder"):
+def coloured(root, ignore=([0, 0, 0],), **changes):
+    """Turns the label maps of the fixture's dataset into the classes' colours."""
+    colours = [[200, 0, 0], [0, 200, 0], [0, 0, 200]]
+    content = {
+        "names": ["left", "middle", "right"],
+        "colours": colours,
+        "labels": "colours",
+        "ignore": ignore,
+        **changes,
+    }
+    (root / "classes.json").write_text(json.dumps(content))
+    for path in root.glob("labels/*/*.png"):
+        label = np.array(Image.open(path))
+        label[:4] = 3  # to be ignored
+        Image.fromarray(np.array([*colours, [0, 0, 0]], np.uint8)[label]).save(path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_labels_in_colours_are_read_as_classes(folder_dataset, mode):
+    before = [open_dataset("folder", folder_dataset, "train")[i][1].numpy() for i in range(2)]
+    coloured(folder_dataset)
+    for path in folder_dataset.glob("labels/*/*.png"):
+        label = Image.open(path)
+        (label.quantize(8) if mode == "P" else label.convert(mode)).save(path)
+    dataset = open_dataset("folder", folder_dataset, "train")
+    for i, expected in enumerate(before):
+        read = dataset[i][1].numpy()
+        assert (read[:4] == IGNORE).all() and (read[4:] == expected[4:]).all()
+
+
+def test_a_colour_of_no_class_is_named(folder_dataset):
+    coloured(folder_dataset, ignore=[])
+    with pytest.raises(DataError, match=r"labels/train/0.png: label colour \[0, 0, 0\] in 256 pixels is no class"):
+        open_dataset("folder", folder_dataset, "train")[0]
+
+
+def test_colours_without_saying_so_are_refused_with_the_remedy(folder_dataset):
+    coloured(folder_dataset)
+    (folder_dataset / "classes.json").write_text(json.dumps({"names": ["left", "middle", "right"]}))
+    with pytest.raises(DataError, match='mode RGB, .*set "labels": "colours" in classes.json'):
+        open_dataset("folder", folder_dataset, "train")[0]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"ignore": 255}, r"ignore must be a list of \[red, green, blue\]"),
+        ({"ignore": [[200, 0, 0]]}, "a colour occurs twice"),
+        ({"ignore": [[256, 0, 0]]}, "of 0 to 255"),
+        ({"colours": None}, "colours must be a list of 3"),
+    ],
+)
+def test_classes_in_colours_are_checked(folder_dataset, changes, message):
+    coloured(folder_dataset, **changes)
+    with pytest.raises(DataError, match=message):
         open_dataset("folder", folder_dataset, "train")
-    path.rmdir()
-    os.mkfifo(path)
-    with pytest.raises(DataError, match="classes.json: is no regular file"):  # and does not wait for who writes to it
-        open_dataset("folder", folder_dataset, "train")
+
+
+def test_colour_map_shows_the_palette_and_ignored_pixels_black():
+    classes = Classes(("a", "b"), ((1, 2, 3), (250, 0, 7)))
+    label = np.array([[0, 1, IGNORE], [1, 1, 0]], np.uint8)
+    picture = classes.colour_map(label)
+    assert picture.mode == "RGB"
+    a, b, black = [1, 2, 3], [250, 0, 7], [0, 0, 0]
+    assert np.array(picture).tolist() == [[a, b, black], [b, b, a]]
+    assert np.array(classes.colour_map(label.T)).tolist() == [[a, b], [b, b], [black, a]]  # of other strides, too
 
 
 def test_classes_survive_a_checkpoint():
@@ -153,28 +203,30 @@ def test_classes_survive_a_checkpoint():
 def test_no_data_is_named(tmp_path):
     with pytest.raises(DataError, match="nowhere: no such folder"):
         open_dataset("cityscapes", tmp_path / "nowhere", "train")
-    with pytest.raises(DataError, match="no images"):
+    with pytest.raises(DataError, match="leftImg8bit/train: no images"):
         open_dataset("cityscapes", tmp_path, "train")
     with pytest.raises(DataError, match="dataset 'kitti' is unknown, expected one of cityscapes, camvid, folder"):
         open_dataset("kitti", tmp_path, "train")
 
 
-def test_the_data_of_another_dataset_are_said_to_be_it(folder_dataset, drawn, tmp_path):
+def test_data_of_another_dataset_are_recognised(folder_dataset, drawn, tmp_path):
     (tmp_path / "camvid/trainannot").mkdir(parents=True)
     for root, own in ((folder_dataset, "folder"), (drawn, "cityscapes"), (tmp_path / "camvid", "camvid")):
         for name in {"folder", "cityscapes", "camvid"} - {
             own
-        }:  # cityscapes is the default of train.py, folder of data.py
-            with pytest.raises(DataError, match=f"this is dataset {own}, not {name}; give --dataset {own}"):
+        }:  # the default is cityscapes in train.py, folder in check.py
+            with pytest.raises(DataError, match=f"is of dataset {own}; give --dataset {own}"):
                 open_dataset(name, root, "train")
 
 
 def test_image_without_label_and_label_without_image_are_named(folder_dataset):
     (folder_dataset / "labels/train/1.png").rename(folder_dataset / "labels/train/2.png")
-    with pytest.raises(DataError, match=r"images/train/1.png: image without its label"):
+    with pytest.raises(
+        DataError, match=r"images/train/1.png: no file of this name in .*labels/train; .* \(and 1 more\)"
+    ):
         open_dataset("folder", folder_dataset, "train")
     (folder_dataset / "images/train/1.png").unlink()
-    with pytest.raises(DataError, match=r"labels/train/2.png: label without its image"):
+    with pytest.raises(DataError, match=r"labels/train/2.png: no file of this name in .*images/train"):
         open_dataset("folder", folder_dataset, "train")
 
 
@@ -184,32 +236,24 @@ def test_sizes_that_differ_are_named(folder_dataset):
         open_dataset("folder", folder_dataset, "train")[0]
 
 
-def test_stray_label_value_is_named(folder_dataset):
+def test_label_values_of_no_class_are_named(folder_dataset):
     path = folder_dataset / "labels/train/0.png"
     label = np.array(Image.open(path))
-    label[3, 5] = 17
+    label[3, 5], label[7, :2] = 17, 44
     Image.fromarray(label).save(path)
-    remedy = r'is outside classes.json \(names 0 to 2\); correct the file, add a name, or say "ignore": \[17, 255\]'
-    with pytest.raises(DataError, match=f"labels/train/0.png: label value 17 {remedy}"):
+    with pytest.raises(DataError, match="labels/train/0.png: label value 44, 17 in 3 pixels is no class; correct"):
         open_dataset("folder", folder_dataset, "train")[0]
-    # As the message says, what was ignored before included.
-    (folder_dataset / "classes.json").write_text('{"names": ["left", "middle", "right"], "ignore": [17, 255]}')
+    (folder_dataset / "classes.json").write_text('{"names": ["left", "middle", "right"], "ignore": [17, 44, 255]}')
     assert int(open_dataset("folder", folder_dataset, "train")[0][1][3, 5]) == IGNORE
-    with pytest.raises(DataError, match="label value 17 is outside the dataset's table; .* choose its --dataset"):
-        read_label(path, data.label_table({0: 0, 1: 1, 2: 2}, ()))
 
 
-def test_colour_label_is_refused_and_palette_label_read(folder_dataset):
+def test_palette_label_is_read_by_its_indices(folder_dataset):
     path = folder_dataset / "labels/train/0.png"
     label = Image.open(path)
-    label.convert("RGB").save(path)
-    dataset = open_dataset("folder", folder_dataset, "train")
-    with pytest.raises(DataError, match=r"labels/train/0.png: label map of mode RGB, expected one channel"):
-        dataset[0]
     palette = Image.frombytes("P", label.size, label.tobytes())
     palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     palette.save(path)
-    assert dataset[0][1].unique().tolist() == [0, 1, 2]
+    assert open_dataset("folder", folder_dataset, "train")[0][1].unique().tolist() == [0, 1, 2]
 
 
 def test_16_bit_image_is_refused_rather_than_clipped(tmp_path):
@@ -231,123 +275,42 @@ def test_truncated_png_is_named(folder_dataset, kind):
     dataset = open_dataset("folder", folder_dataset, "train")
     for length in (0, 8, 20, len(content) // 2, len(content) - 40):
         path.write_bytes(content[:length])
-        with pytest.raises(DataError, match=f"{kind}/train/0.png: cannot be decoded"):
+        with pytest.raises(DataError, match=f"{kind}/train/0.png: cannot be read .*; replace or remove it") as caught:
             dataset[0]
+        assert len(str(caught.value).splitlines()) == 1
 
 
-def test_no_flipped_bit_of_a_png_is_taken_for_right(tmp_path):
-    # Pillow leaves out the checksums of the pixels: of these bits some gave other labels in silence.
+def test_no_flipped_bit_of_a_png_gives_other_pixels(tmp_path):
+    # Pillow's load() skips the checksums of the pixels: with it alone, some of these bits give other labels in silence.
     label = np.zeros((48, 64), np.uint8)
     label[:, :20], label[10:20] = 1, 2
     Image.fromarray(label).save(tmp_path / "label.png")
-    content, table = (tmp_path / "label.png").read_bytes(), data.label_table({i: i for i in range(3)}, (255,))
-    path = tmp_path / "flipped.png"
+    content = (tmp_path / "label.png").read_bytes()
+    path, refused = tmp_path / "flipped.png", 0
     for bit in range(8 * len(content)):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        for read in (read_image, lambda path: read_label(path, table)):
-            with pytest.raises(DataError, match=r"flipped.png: cannot be decoded"):
-                read(path)
-
-
-def test_a_png_with_more_behind_its_end_is_read_and_one_without_an_end_is_not(tmp_path):
-    Image.new("RGB", (40, 40), (1, 2, 3)).save(tmp_path / "x.png")
-    content = (tmp_path / "x.png").read_bytes()
-    (tmp_path / "x.png").write_bytes(content + b"more")
-    assert read_image(tmp_path / "x.png").getpixel((3, 3)) == (1, 2, 3)
-    (tmp_path / "x.png").write_bytes(content[:-12])
-    with pytest.raises(DataError, match="x.png: cannot be decoded .OSError: truncated PNG file"):
-        read_image(tmp_path / "x.png")
-
-
-def png(values, bits, kind=0):
-    """A PNG file by its standard; Pillow writes no grey of 2 or 4 bits and no colour of 16."""
-    values = np.asarray(values)
-    shifts = np.arange(bits)[::-1]
-    rows = np.packbits((values[..., None] >> shifts & 1).reshape(len(values), -1).astype(np.uint8), axis=1)
-    head = values.shape[1].to_bytes(4, "big") + values.shape[0].to_bytes(4, "big") + bytes([bits, kind, 0, 0, 0])
-    lines = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
-    chunks = [name + body for name, body in ((b"IHDR", head), (b"IDAT", lines), (b"IEND", b""))]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") for chunk in chunks
-    )
-
-
-@pytest.mark.parametrize("interlaced", [False, True])
-@pytest.mark.parametrize("size", [(8, 8), (9, 8), (1, 1), (3, 5)])
-def test_a_png_of_too_few_pixels_is_refused_rather_than_filled_with_class_0(tmp_path, size, interlaced):
-    # Its checksums are right; Pillow leaves the rows that do not come black.
-    height, width = size
-    starts = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-    passes = [range(x, width, dx) and (len(range(y, height, dy)), len(range(x, width, dx))) for x, y, dx, dy in starts]
-    passes = [each for each in passes if each and each[0]] if interlaced else [(height, width)]
-    for value in (0, 3):
-        lines = [b"\0" + bytes([value]) * columns for rows, columns in passes for _ in range(rows)]
-        for there in range(len(lines) + 1):
-            head = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, interlaced])
-            chunks = (head, b"IDAT" + zlib.compress(b"".join(lines[:there])), b"IEND")
-            content = [(len(c) - 4).to_bytes(4, "big") + c + zlib.crc32(c).to_bytes(4, "big") for c in chunks]
-            (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(content))
-            if there == len(lines):
-                assert (np.array(read_label(tmp_path / "x.png", bytes(range(256)))) == value).all()
-                continue
-            for read in (read_image, lambda path: read_label(path, bytes(range(256)))):
-                with pytest.raises(DataError, match=r"x.png: cannot be decoded"):
-                    read(tmp_path / "x.png")
-
-
-def test_the_time_to_read_a_png_grows_with_its_size_not_with_its_square(tmp_path):
-    # 16 MB in 32,000 chunks, the last row black; appending each to bytes took 8 s.
-    noise = np.random.default_rng(0).integers(0, 256, (2000, 8000), np.uint8)
-    noise[-1] = 0
-    head = b"IHDR" + (8000).to_bytes(4, "big") + (2000).to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
-    lines = zlib.compress(b"".join(b"\0" + row.tobytes() for row in noise), 0)
-    chunks = (head, *(b"IDAT" + lines[i : i + 500] for i in range(0, len(lines), 500)), b"IEND")
-    content = [(len(c) - 4).to_bytes(4, "big") + c + zlib.crc32(c).to_bytes(4, "big") for c in chunks]
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(content))
-    start = time.process_time()
-    with Image.open(tmp_path / "x.png") as image, open(tmp_path / "x.png", "rb") as file:
-        image.load()
-        loaded = time.process_time()
-        data._check_length(file, image)
-    checked = time.process_time()
-    assert checked - loaded < 10 * (loaded - start), (loaded - start, checked - loaded)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_a_grey_label_map_of_few_bits_is_refused_rather_than_scaled(tmp_path, bits):
-    # Pillow reads them as shades of grey: class 1 of 4 bits would be 17, another class.
-    (tmp_path / "x.png").write_bytes(png(np.eye(8, dtype=int), bits))
-    table = data.label_table({i: i for i in range(100)}, (255,))
-    with pytest.raises(DataError, match=r"x.png: label map of (mode 1|[24] bits)"):
-        read_label(tmp_path / "x.png", table)
-    (tmp_path / "x.png").write_bytes(png(np.eye(8, dtype=int), 8))
-    assert (np.array(read_label(tmp_path / "x.png", table)) == np.eye(8)).all()
+        try:
+            assert (read_label(path, IDS) == label).all()
+        except DataError as error:
+            assert "flipped.png: cannot be read" in str(error)
+            refused += 1
+    assert refused > 0.9 * 8 * len(content)  # all but the end of the file, which holds no pixels
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".ppm"])
-def test_a_label_map_in_a_format_that_changes_values_is_refused(tmp_path, suffix):
+def test_a_label_map_in_a_format_that_alters_values_is_refused(tmp_path, suffix):
     Image.new("L", (40, 40), 3).save(tmp_path / f"x{suffix}")
-    with pytest.raises(DataError, match="which does not keep class ids; save it as PNG"):
-        read_label(tmp_path / f"x{suffix}", bytes(256))
+    with pytest.raises(DataError, match="which alters class ids; save it as PNG"):
+        read_label(tmp_path / f"x{suffix}", IDS)
 
 
 @pytest.mark.parametrize("mode", ["1", "RGB", "RGBA", "LA", "I;16"])
 def test_label_maps_of_other_modes_are_named(tmp_path, mode):
     Image.new(mode, (40, 40)).save(tmp_path / "x.png")
-    with pytest.raises(DataError, match=f"x.png: label map of mode {mode}"):
-        read_label(tmp_path / "x.png", bytes(256))
-
-
-def test_16_bit_colour_is_refused_too(tmp_path):
-    content = png(np.full((8, 3 * 8), 40000), 16, kind=2)  # 24 numbers a row, of 8 pixels
-    head = b"IHDR" + (8).to_bytes(4, "big") * 2 + bytes([16, 2, 0, 0, 0])
-    content = content[:12] + head + zlib.crc32(head).to_bytes(4, "big") + content[33:]
-    (tmp_path / "x.png").write_bytes(content)
-    assert Image.open(tmp_path / "x.png").mode == "RGB"  # Pillow would keep the upper half of each value
-    with pytest.raises(DataError, match="x.png: image of mode RGB, expected 8 bits per channel"):
-        read_image(tmp_path / "x.png")
+    with pytest.raises(DataError, match=f"x.png: label map of mode {mode}, expected class ids of 8 bits"):
+        read_label(tmp_path / "x.png", IDS)
 
 
 def test_modes_become_rgb_without_their_transparency(tmp_path):
@@ -389,7 +352,7 @@ SHOWN = {
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 @pytest.mark.parametrize("orientation", SHOWN)
-def test_images_are_turned_as_viewers_turn_them(tmp_path, orientation, suffix):
+def test_images_are_read_upright(tmp_path, orientation, suffix):
     rgb = np.random.default_rng(0).integers(0, 256, (2, 3, 3), np.uint8).repeat(16, 0).repeat(16, 1)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -397,79 +360,31 @@ def test_images_are_turned_as_viewers_turn_them(tmp_path, orientation, suffix):
     Image.fromarray(rgb).save(path, exif=exif, quality=100, **({"lossless": True} if suffix == ".webp" else {}))
     image, expected = read_image(path), SHOWN[orientation](rgb)
     assert np.abs(np.array(image).astype(int) - expected).mean() < (8 if suffix == ".jpg" else 1e-9)
-    assert read_size(path) == image.size == expected.shape[1::-1]
+    assert image.size == expected.shape[1::-1]
 
 
-def test_an_orientation_behind_the_pixels_or_in_disorder_turns_nothing(tmp_path):
+def test_damaged_exif_data_are_ignored(tmp_path):
     Image.new("RGB", (40, 48)).save(tmp_path / "x.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
-    assert read_image(tmp_path / "x.jpg").size == read_size(tmp_path / "x.jpg") == (40, 48)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (40, 48)).save(tmp_path / "x.png", exif=exif)
-    content = (tmp_path / "x.png").read_bytes()
-    start = content.index(b"eXIf") - 4
-    size = 12 + int.from_bytes(content[start : start + 4], "big")
-    moved = content[:start] + content[start + size : -12] + content[start : start + size] + content[-12:]
-    (tmp_path / "x.png").write_bytes(moved)
-    assert read_image(tmp_path / "x.png").size == read_size(tmp_path / "x.png") == (40, 48)
+    assert read_image(tmp_path / "x.jpg").size == (40, 48)
 
 
-def test_a_label_map_that_fits_the_unturned_image_alone_is_named(folder_dataset):
+def test_a_label_map_that_is_not_turned_like_its_image_is_named(folder_dataset):
     exif = Image.Exif()
     exif[0x0112] = 6
     image, label = folder_dataset / "images/train/0.png", folder_dataset / "labels/train/0.png"
     Image.open(image).save(image, exif=exif)
     dataset = open_dataset("folder", folder_dataset, "train")
     with pytest.raises(
-        DataError, match=r"0.png: 64x48 pixels, its image .*0.png 48x64 after the quarter turn that its Exif"
+        DataError, match=r"0.png: 64x48 pixels, its image .*0.png 48x64 upright, as its Exif orientation"
     ):
         dataset[0]
     turned = Image.open(label).transpose(Image.Transpose.ROTATE_270)
     turned.save(label)
     pixels, labels = dataset[0]
-    assert pixels.shape == (64, 48, 3) and labels.shape == (64, 48)
-    assert dataset.sizes()[0].tolist() == [64, 48] and labels[0].tolist() == [0] * 48
-    Image.open(label).transpose(Image.Transpose.ROTATE_90).save(label, exif=exif)  # with its image's Exif data
+    assert pixels.shape == (64, 48, 3) and labels.shape == (64, 48) and labels[0].tolist() == [0] * 48
+    Image.open(label).transpose(Image.Transpose.ROTATE_90).save(label, exif=exif)  # with the Exif data of its image
     assert torch.equal(dataset[0][1], labels)
     assert (RamCache(dataset)[0][1] == labels.numpy()).all()
-
-
-def test_what_is_no_regular_file_is_named_and_nothing_waits(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "loop.png").symlink_to("loop.png")
-    (tmp_path / "device.png").symlink_to("/dev/zero")
-    server = socket.socket(socket.AF_UNIX)
-    here = os.getcwd()
-    os.chdir(tmp_path)  # a socket's path may have some 100 characters alone
-    try:
-        server.bind("socket.png")
-    finally:
-        os.chdir(here)
-    messages = {
-        "pipe": "no regular file",
-        "device": "no regular file",
-        "socket": "no regular file",
-        "folder": "a folder",
-    }
-    for name, message in {**messages, "loop": "Too many levels of symbolic links"}.items():
-        for read in (read_image, read_size, lambda path: read_label(path, bytes(256))):
-            with pytest.raises(DataError, match=f"{name}.png: .*{message}"):
-                read(tmp_path / f"{name}.png")
-    server.close()
-
-
-def test_listings_pass_over_folders_and_name_links_that_lead_nowhere(folder_dataset):
-    for kind in ("images", "labels"):
-        (folder_dataset / kind / "train/more.png").mkdir()
-        (folder_dataset / kind / "train/again").symlink_to(folder_dataset / kind)  # a loop
-    assert len(open_dataset("folder", folder_dataset, "train")) == 2
-    for kind in ("images", "labels"):
-        (folder_dataset / kind / "train/2.png").symlink_to("nowhere.png")
-    dataset = open_dataset("folder", folder_dataset, "train")
-    assert len(dataset) == 3
-    with pytest.raises(DataError, match=r"images/train/2.png: no such file"):
-        dataset[2]
 
 
 def test_linked_folders_are_read_and_hidden_files_are_not(folder_dataset, tmp_path):
@@ -478,14 +393,12 @@ def test_linked_folders_are_read_and_hidden_files_are_not(folder_dataset, tmp_pa
         train = folder_dataset / kind / "train"
         (tmp_path / "site" / kind / "far.png").write_bytes((train / "0.png").read_bytes())
         (train / "site").symlink_to(tmp_path / "site" / kind)  # as photos of a camera on another disk would be
-        (tmp_path / "site" / kind / "round").symlink_to(train)
         (train / ".ipynb_checkpoints").mkdir()
         (train / ".ipynb_checkpoints/0-checkpoint.png").write_bytes((train / "0.png").read_bytes())
     (folder_dataset / "images/train/._0.png").write_bytes(b"of a Mac")
     samples = open_dataset("folder", folder_dataset, "train").samples
-    assert [s.image.relative_to(folder_dataset).as_posix() for s in samples] == [
-        f"images/train/{name}.png" for name in ("0", "1", "site/far")
-    ]
+    names = [sample.image.relative_to(folder_dataset).as_posix() for sample in samples]
+    assert names == [f"images/train/{name}.png" for name in ("0", "1", "site/far")]
 
 
 def test_each_layout_looks_as_deep_as_it_is(tmp_path, folder_dataset):
@@ -499,93 +412,55 @@ def test_each_layout_looks_as_deep_as_it_is(tmp_path, folder_dataset):
     place(tmp_path / "leftImg8bit/val/a/other.png")
     assert [s.image.parent.name for s in open_dataset("cityscapes", tmp_path, "val").samples] == ["a"]
     for folder in ("val", "valannot"):
-        place(tmp_path / folder / "x.png"), place(tmp_path / folder / "a/y.png")
-    assert [s.image.name for s in open_dataset("camvid", tmp_path, "val").samples] == ["x.png"]
+        place(tmp_path / "camvid" / folder / "x.png"), place(tmp_path / "camvid" / folder / "a/y.png")
+    assert [s.image.name for s in open_dataset("camvid", tmp_path / "camvid", "val").samples] == ["x.png"]
     for kind in ("images", "labels"):
         place(folder_dataset / kind / "val/a/b/c/x.png")
     assert len(open_dataset("folder", folder_dataset, "val")) == 3
 
 
-@pytest.mark.parametrize("split", ["", "train+", "+train", "train+train", "train+val+train"])
-def test_a_split_that_is_empty_or_there_twice_is_refused(folder_dataset, split):
-    with pytest.raises(DataError, match="empty or there twice"):  # "" gave all splits, a second part each image twice
-        open_dataset("folder", folder_dataset, split)
+def test_a_split_that_is_empty_or_repeated_is_refused(folder_dataset):
+    for split in ("", "train+", "+train", "train+train", "train+val+train"):
+        with pytest.raises(DataError, match="empty or repeated part"):
+            open_dataset("folder", folder_dataset, split)
     assert len(open_dataset("folder", folder_dataset, "train+val")) == 4
 
 
-@pytest.mark.parametrize("name", ["a b.png", "ä 道.png", os.fsdecode(b"raw \xff.png"), "%s{}.png", "-x.png"])
-def test_names_of_all_kinds_are_read_and_named(folder_dataset, name):
-    for kind in ("images", "labels"):
-        os.rename(folder_dataset / kind / "train/1.png", folder_dataset / kind / "train" / name)
-    dataset = open_dataset("folder", folder_dataset, "train")
-    index = next(i for i, sample in enumerate(dataset.samples) if sample.image.name == name)
-    assert dataset[index][0].shape == (48, 64, 3)
-    (folder_dataset / "labels/train" / name).write_bytes(b"")
-    with pytest.raises(DataError) as caught:
-        dataset[index]
-    assert str(folder_dataset / "labels/train" / name) in str(caught.value)
+def test_names_of_all_kinds_are_read_and_named(folder_dataset):
+    for i, name in enumerate(("a b.png", "ä 道.png", "%s{}[1].png", "-x.png")):
+        for kind in ("images", "labels"):
+            content = (folder_dataset / kind / "train/0.png").read_bytes()
+            (folder_dataset / kind / "train" / name).write_bytes(content)
+        dataset = open_dataset("folder", folder_dataset, "train")
+        index = next(i for i, sample in enumerate(dataset.samples) if sample.image.name == name)
+        assert len(dataset) == 3 + i and dataset[index][0].shape == (48, 64, 3)
 
 
-def test_too_little_memory_is_not_taken_for_a_damaged_file(folder_dataset, monkeypatch):
+def test_too_little_memory_is_not_reported_as_a_damaged_file(folder_dataset, monkeypatch):
     def load(image):
         raise MemoryError
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
-    for read in (read_image, lambda path: read_label(path, bytes(256))):
+    for read in (read_image, lambda path: read_label(path, IDS)):
         with pytest.raises(MemoryError):
             read(folder_dataset / "labels/train/0.png")
 
 
-def test_a_file_that_may_not_be_read_is_named(tmp_path):
-    Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
-    (tmp_path / "x.png").chmod(0)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    user = os.geteuid()
-    if user == 0:  # may read everything
-        os.seteuid(65534)
-    try:
-        with pytest.raises(DataError, match="x.png: cannot be decoded .PermissionError"):
-            read_image(tmp_path / "x.png")
-    finally:
-        os.seteuid(user)
-
-
-def test_other_formats_than_the_five_are_refused_whatever_the_name(tmp_path):
-    # Of Pillow's other readers some start programs (EPS: Ghostscript), and all of them are code that a file could reach.
+def test_other_formats_are_refused_whatever_the_suffix(tmp_path):
+    # Of Pillow's other decoders some start programs (EPS: Ghostscript).
     for kind in ("GIF", "TIFF", "ICO", "EPS"):
         Image.new("RGB", (40, 40)).save(tmp_path / "x.png", kind)
-        with pytest.raises(DataError, match="x.png: cannot be decoded .its head is none of PNG, JPEG, BMP, PPM, WEBP"):
+        with pytest.raises(DataError, match="x.png: cannot be read .cannot identify image file"):
             read_image(tmp_path / "x.png")
+    with pytest.raises(DataError, match="none.png: cannot be read .*No such file"):
+        read_image(tmp_path / "none.png")
 
 
-def test_a_decompression_bomb_is_refused_and_a_large_picture_is_not(tmp_path, monkeypatch):
-    Image.new("L", (2000, 1000)).save(tmp_path / "x.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_001)
-    assert read_image(tmp_path / "x.png").size == (2000, 1000)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 999_999)  # twice that is the limit
-    for read in (read_image, read_size):
-        with pytest.raises(DataError, match="x.png: cannot be decoded .DecompressionBombError"):
-            read(tmp_path / "x.png")
-
-
-def test_pillow_warns_of_nothing_that_is_right(tmp_path):
-    code = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from PIL import Image
-import data
-image = Image.new("P", (40, 40))
-image.putpalette(bytes(range(48)))
-image.save("p.png", transparency=bytes(range(16)))
-Image.new("RGB", (40, 40)).save("exif.jpg", exif=b"Exif\\0\\0II*\\0\\x08\\0\\0\\0\\xff\\xff" + b"\\1\\1\\4\\0\\xff\\xff\\xff\\x0f" * 4)
-Image.new("RGB", (1200, 1000)).save("large.png")
-Image.MAX_IMAGE_PIXELS = 1_000_000
-for name in ("p.png", "exif.jpg", "large.png"):
-    print(data.read_image(name).size, data.read_size(name))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.splitlines() == ["(40, 40) (40, 40)"] * 2 + ["(1200, 1000) (1200, 1000)"] and done.stderr == ""
+def test_a_palette_with_transparency_gives_no_warning(tmp_path, recwarn):
+    image = Image.new("P", (40, 40))
+    image.putpalette(bytes(range(48)))
+    image.save(tmp_path / "p.png", transparency=bytes(range(16)))
+    assert read_image(tmp_path / "p.png").getpixel((0, 0)) == (0, 1, 2) and len(recwarn) == 0
 
 
 @pytest.mark.parametrize(
@@ -597,7 +472,7 @@ def test_other_formats_cut_short_are_named(tmp_path, kind, options):
     path = tmp_path / "x.bmp"
     for length in (0, 1, 10, 30, len(buffer.getvalue()) // 2, len(buffer.getvalue()) - 20):
         path.write_bytes(buffer.getvalue()[:length])
-        with pytest.raises(DataError, match="x.bmp: cannot be decoded"):
+        with pytest.raises(DataError, match="x.bmp: cannot be read"):
             read_image(path)
 
 
@@ -608,7 +483,7 @@ def coordinates(height, width):
     """An image whose pixels say where they are (red = x, green = y), and a label that says the same in blocks of 8."""
     y, x = np.mgrid[:height, :width]
     image = np.stack([x, y, np.zeros_like(x)], -1).astype(np.uint8)
-    return Image.fromarray(image), Image.fromarray((y // 8 * 16 + x // 8).astype(np.uint8))
+    return Image.fromarray(image), (y // 8 * 16 + x // 8).astype(np.uint8)
 
 
 def test_image_and_label_move_together():
@@ -628,7 +503,7 @@ def test_cropping_before_resizing_is_resizing_then_cropping():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 200, 3), np.uint8))
     values = np.random.default_rng(1).integers(0, 200, (120, 200), np.uint8)
     for position in range(40):
-        crop, truth = Augmentation((40, 60), (0.8, 2.0), False, 0, 0)(image, Image.fromarray(values), (0, position))
+        crop, truth = Augmentation((40, 60), (0.8, 2.0), False, 0, 0)(image, values, (0, position))
         rng = np.random.default_rng((0, 0, position))
         scale = rng.uniform(0.8, 2.0)
         height, width = round(120 * scale), round(200 * scale)
@@ -646,7 +521,7 @@ def test_cropping_before_resizing_is_resizing_then_cropping():
 
 
 def test_padding_is_the_mean_colour_and_ignored():
-    image, label = Image.new("RGB", (64, 48), (10, 200, 30)), Image.new("L", (64, 48), 5)
+    image, label = Image.new("RGB", (64, 48), (10, 200, 30)), np.full((48, 64), 5, np.uint8)
     starts = set()
     for position in range(30):
         crop, truth = Augmentation((100, 120), **PLAIN)(image, label, (0, position))
@@ -679,7 +554,7 @@ def test_random_numbers_have_the_stated_distribution():
 
 
 def test_colour_changes_within_bounds():
-    image, label = Image.new("RGB", (40, 40), (100, 100, 100)), Image.new("L", (40, 40), 1)
+    image, label = Image.new("RGB", (40, 40), (100, 100, 100)), np.ones((40, 40), np.uint8)
     augment = Augmentation((40, 40), (1, 1), brightness=0.3, channel_noise=0.1)
     means = np.array([np.array(augment(image, label, (1, p))[0]).mean((0, 1)) for p in range(300)])
     assert 100 * 0.7 * 0.9 - 1 <= means.min() < 70 and 135 < means.max() <= 100 * 1.3 * 1.1 + 1
@@ -688,7 +563,7 @@ def test_colour_changes_within_bounds():
 
 def colours_of(pixel, positions=range(200), **choices):
     """(number, 3) colours that an image of one colour takes."""
-    image, label = Image.new("RGB", (16, 16), pixel), Image.new("L", (16, 16), 1)
+    image, label = Image.new("RGB", (16, 16), pixel), np.ones((16, 16), np.uint8)
     augment = Augmentation((16, 16), (1, 1), flip=False, **{"brightness": 0, "channel_noise": 0, **choices})
     return np.array([np.array(augment(image, label, (1, p))[0])[0, 0] for p in positions]).astype(int)
 
@@ -715,23 +590,23 @@ def test_a_crop_that_one_class_fills_is_drawn_again():
     label = np.full((64, 384), 1, np.uint8)
     label[:, 256:] = 2
     label[:, :8] = IGNORE
-    image, truth = Image.new("RGB", (384, 64)), Image.fromarray(label)
+    image = Image.new("RGB", (384, 64))
 
     def shares(limit):
         augment = Augmentation((64, 96), (1, 1), max_class_share=limit)
-        crops = [np.array(augment(image, truth, (1, p))[1]) for p in range(200)]
+        crops = [np.array(augment(image, label, (1, p))[1]) for p in range(200)]
         return np.array(
             [np.bincount(crop[crop != IGNORE], minlength=3).max() / (crop != IGNORE).sum() for crop in crops]
         )
 
     free, limited = shares(1.0), shares(0.75)
     assert (free == 1).mean() > 0.6
-    assert (limited > 0.85).mean() < 0.2  # of ten draws one shows both, nearly always; the thumbnail is that coarse
+    assert (limited > 0.85).mean() < 0.2  # one of ten draws nearly always shows both; every eighth pixel is that coarse
 
 
 def test_the_first_epochs_are_at_half_the_resolution():
     image = Image.fromarray(np.broadcast_to(np.arange(128, dtype=np.uint8)[None, :, None] * 2, (64, 128, 3)).copy())
-    label = Image.new("L", image.size, 1)
+    label = np.ones((64, 128), np.uint8)
     augment = Augmentation((64, 96), (1, 1), False, 0, 0, half_epochs=3)
     for epoch, size, slope in ((1, (32, 48), 4), (3, (32, 48), 4), (4, (64, 96), 2)):
         crop, truth = augment(image, label, (epoch, 0))
@@ -790,6 +665,14 @@ def test_small_dataset_is_repeated_to_fill_a_batch():
     (batch,) = list(TrainBatches(3, 8))
     assert [sorted(index for _, _, index in batch).count(i) for i in range(3)] in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
     assert len({position for _, position, _ in batch}) == 8  # so that each copy is augmented differently
+
+
+def test_a_resumed_epoch_yields_the_rest_of_its_batches():
+    batches = TrainBatches(50, 8, seed=2, rank=1, world_size=2)
+    batches.set_epoch(3)
+    complete = list(batches)
+    batches.set_epoch(3, first=4)
+    assert list(batches) == complete[4:] and len(complete) == len(batches) == 6
 
 
 def test_batch_that_does_not_divide_is_refused():
@@ -881,25 +764,67 @@ def test_corrupt_image_ends_caching_and_is_named(tmp_path):
     dataset = mixed_dataset(tmp_path, Augmentation((80, 96)))
     path = dataset.samples[3].image
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(DataError, match=r"images/train/3.png: cannot be decoded"):
+    with pytest.raises(DataError, match=r"images/train/3.png: cannot be read"):
         RamCache(dataset)
 
 
-def test_too_little_memory_is_said_with_both_sizes_before_anything_is_decoded(tmp_path, monkeypatch):
+def test_too_little_memory_is_reported_before_anything_is_decoded(tmp_path, monkeypatch):
     dataset = mixed_dataset(tmp_path)
-    monkeypatch.setattr(data, "free_memory", lambda: 2**16)
+    monkeypatch.setattr(data, "cache_bytes", lambda _: [2**30] * 5)
+    monkeypatch.setattr(data, "free_memory", lambda: 2**31)
     monkeypatch.setattr(SegmentationDataset, "read", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(DataError, match=r"5 images takes 288.0 KiB of memory, of which 64.0 KiB are free"):
+    with pytest.raises(DataError, match=r"cache of 5 images needs 5.00 GiB of memory, 2.00 GiB are free"):
         RamCache(dataset)
+
+
+def test_a_second_split_is_cached_only_if_it_fits(tmp_path, monkeypatch):
+    datasets = [mixed_dataset(tmp_path / "a"), mixed_dataset(tmp_path / "b")]
+    size = sum(data.cache_bytes(datasets[0]))
+    assert size == 4 * (3 * 128 * 112 + 2 * 96 * 160)
+    monkeypatch.setattr(data, "free_memory", lambda: 2 * size)
+    assert data.cache_in_ram(datasets).startswith("cache ram: 1 of 2 splits")
+    assert datasets[0].cache and not datasets[1].cache
+    monkeypatch.setattr(data, "free_memory", lambda: 3 * size)
+    data.cache_in_ram(datasets)
+    assert (datasets[1].cache[4][1] == datasets[1].read_label(4)).all() and datasets[1].cache
 
 
 def test_free_memory_is_a_sensible_number():
     assert 2**24 < data.free_memory() < 2**50
 
 
-def test_importing_changes_nothing_outside(tmp_path):
-    code = "import warnings, torch, PIL.Image; before = list(warnings.filters); import data; assert warnings.filters == before"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=data.__file__.rpartition("/")[0]
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+def test_index_may_be_a_numpy_integer(tmp_path):
+    dataset = mixed_dataset(tmp_path)
+    for cache in (None, RamCache(dataset)):
+        dataset.cache = cache
+        for a, b in zip(dataset[np.int64(3)], dataset[3]):
+            assert torch.equal(a, b)
+        assert (dataset.read_label(np.int64(3)) == dataset[3][1].numpy()).all()
+        with pytest.raises(IndexError):  # which ends `for image, label in dataset`
+            dataset[5]
+
+
+def test_imports_without_what_other_systems_lack(tmp_path):
+    # Windows has neither fcntl, mmap's flags, resource nor these functions; macOS has no memfd_create.
+    code = """
+import os, signal, sys, warnings
+import torch, PIL.Image, numpy
+for name in ("fcntl", "resource", "posix", "grp", "pwd", "termios"):
+    sys.modules[name] = None
+for name in ("memfd_create", "sysconf", "sched_getaffinity"):
+    delattr(os, name)
+for name in ("alarm", "SIGALRM", "SIGHUP", "SIGUSR1"):
+    delattr(signal, name)
+before = list(warnings.filters)
+import data
+assert warnings.filters == before
+data.ignore_interrupts(0)
+data.open_dataset("folder", sys.argv[1], "train")[0]
+try:
+    data.RamCache(data.open_dataset("folder", sys.argv[1], "train"))
+except data.DataError as error:
+    print(error)
+"""
+    mixed_dataset(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "") and "the RAM cache needs Linux" in done.stdout
