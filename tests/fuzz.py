@@ -2,9 +2,9 @@
 
     python tests/fuzz.py --count 5000 --seed 0 [--only images labels classes checkpoints]
 
-Every case either reads the right content or is refused by an error of one line that names the file. Anything else fails:
-other content, another error, a crash, more than LIMIT_S seconds, more than MEMORY bytes. A case depends only on its kind
-and number: `--only KIND --seed N --count 1` repeats it. The last line is one JSON object; exit status 1 for failures.
+Every case reads the right content, or is refused by an error of one line that names the file. Anything else fails:
+other content, another error, a crash, more than LIMIT_S seconds, more than MEMORY bytes. A case depends only on its
+kind and number: `--only KIND --seed N --count 1` repeats it. The last line is one JSON object; exit status 1 for failures.
 """
 
 from __future__ import annotations

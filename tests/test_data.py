@@ -37,7 +37,7 @@ IDS = label_table(range(20), ignored=[IGNORE])
 PLAIN = {"scale_range": (1.0, 1.0), "flip": False, "brightness": 0.0, "channel_noise": 0.0}
 
 
-# --------------------------------------------------------------------------------------------------------------- layouts
+# -------------------------------------------------------------------------------------------------------------- layouts
 
 
 def test_cityscapes_label_ids_become_train_ids(drawn, tmp_path):
@@ -197,7 +197,7 @@ def test_classes_survive_a_checkpoint():
     assert Classes.from_dict(json.loads(json.dumps(CITYSCAPES.to_dict()))) == CITYSCAPES
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 def test_no_data_is_named(tmp_path):
@@ -476,7 +476,7 @@ def test_other_formats_cut_short_are_named(tmp_path, kind, options):
             read_image(path)
 
 
-# ---------------------------------------------------------------------------------------------------------- augmentation
+# --------------------------------------------------------------------------------------------------------- augmentation
 
 
 def coordinates(height, width):
@@ -509,7 +509,7 @@ def test_cropping_before_resizing_is_resizing_then_cropping():
         height, width = round(120 * scale), round(200 * scale)
         top, left = (int(rng.integers(0, full - part, endpoint=True)) for full, part in ((height, 40), (width, 60)))
         whole = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + 60, top + 40))
-        # Pillow keeps the box in float32 and rounds after each of two passes: now and then a level's difference in each.
+        # Pillow keeps the box in float32 and rounds after each of two passes: now and then one level apart in each.
         difference = np.abs(np.array(crop).astype(int) - np.array(whole))
         assert difference.max() <= 2 and difference.mean() < 0.1
         # The nearest label by geometry; a sample on the border of two pixels may take either.
@@ -636,7 +636,7 @@ def test_normalise_is_zero_mean_unit_variance_of_imagenet():
     torch.testing.assert_close(x[0, :, 0, 1], torch.tensor(expected))
 
 
-# ---------------------------------------------------------------------------------------------------------------- batches
+# -------------------------------------------------------------------------------------------------------------- batches
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
@@ -680,7 +680,7 @@ def test_batch_that_does_not_divide_is_refused():
         TrainBatches(100, 12, world_size=8)
 
 
-# -------------------------------------------------------------------------------------------------------------- real data
+# ------------------------------------------------------------------------------------------------------------ real data
 
 
 def test_camvid_is_read(camvid):

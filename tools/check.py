@@ -3,8 +3,8 @@
     python tools/check.py ROOT                                        # an own dataset, layout "folder"
     python tools/check.py --dataset camvid --data datasets/camvid --splits train --sheet sheet.png
 
-Prints sizes and class shares; files that have no partner, cannot be read, or occur twice (above all in two splits); label
-values of no class; label maps without a label. The last line is one JSON object. Exit status 2 if there is a problem.
+Prints sizes and class shares; files that have no partner, cannot be read, or occur twice (above all in two splits);
+label values of no class; label maps without a label. The last line is one JSON object. Exit status 2 for problems.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Draws street scenes with label and instance maps, in the folder layout of Cityscapes: the default data of this project.
+"""Draws street scenes with label and instance maps in the folder layout of Cityscapes: the project's default data.
 
     python tools/streets.py datasets/streets --train 320 --val 64
 
-A scene is a street in perspective, seen by a pinhole camera at the height of a driver: sky, buildings, walls, fences and
-trees on both sides, sidewalks, poles with lights and signs, people and vehicles, painted from far to near. All 19 classes
-that Cityscapes evaluates occur often enough to be learned. Light, haze, texture and noise vary from scene to scene.
+A scene is a street in perspective, seen by a pinhole camera at the height of a driver: sky, buildings, walls, fences
+and trees on both sides, sidewalks, poles with lights and signs, people and vehicles, painted from far to near. All 19
+classes that Cityscapes evaluates occur often enough to be learned. Light, haze, texture and noise vary between scenes.
 The same seed gives the same bytes. The last line on stdout is one JSON object.
 """
 
@@ -134,7 +134,7 @@ def pick(rng: np.random.Generator, options):
     return options[int(rng.integers(len(options)))]
 
 
-# ------------------------------------------------------------------------------------------------- ground and street sides
+# ---------------------------------------------------------------------------------------------- ground and street sides
 
 
 def draw_sky(scene: Scene) -> None:
@@ -258,7 +258,7 @@ def draw_side(scene: Scene, x: float) -> None:
         previous, z = kind, z0
 
 
-# ----------------------------------------------------------------------------------------------------------------- objects
+# -------------------------------------------------------------------------------------------------------------- objects
 
 
 def draw_tree(scene: Scene, x: float, z: float) -> None:
@@ -476,7 +476,7 @@ def draw_front_details(thing: Thing, size: list[float], back: bool, paint: Colou
         thing.face(0, 0.45 * height, 0.7 * width, 0.32 * height, glass, -0.02)
 
 
-# ------------------------------------------------------------------------------------------------------------- the scene
+# ------------------------------------------------------------------------------------------------------------ the scene
 
 
 def place_objects(scene: Scene, road_m: float, walk_m: float) -> None:
