@@ -1,0 +1,449 @@
+"""Segments images and videos, named one by one or by their folder.
+
+    python tools/predict.py photo.jpg --weights weights/camvid.pth
+    python tools/predict.py PHOTOS drive.mp4 --weights W --out DIR --style labels
+    torchrun --nproc_per_node=8 tools/predict.py PHOTOS --weights W               # shares the files out
+
+PHOTOS/a/b.jpg becomes DIR/a/b.jpg_overlay.png, drive.mp4 becomes DIR/drive.mp4_overlay.mp4. Video needs `pip install "av>=17.1"`.
+The last line on stdout is a JSON object. Exit status: 0; 2 for what the user can mend, such as a damaged file; 1 for faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data import CITYSCAPES, IMAGE_SUFFIXES, MEAN, STD, Classes, DataError, read_image
+from launch import OneLineParser, UsageError, exit_status, gathered, import_option, start_processes
+from model import MIN_SIZE, CheckpointError, build_from_checkpoint, read_checkpoint
+from ops_ext import accelerate
+
+STYLES = ("overlay", "colour", "labels")
+NOT_IN_STYLE = {"overlay": (), "colour": ("strength",), "labels": ("strength", "legend", "preset")}
+VIDEO_SUFFIXES = tuple(".mp4 .mov .m4v .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .y4m".split())
+RESULT = re.compile(rf"\.\w+_({'|'.join(STYLES)})(\.partial)?\.(png|mp4|mkv)$")  # names that this script gives
+PRESETS = "ultrafast superfast veryfast faster fast medium slow slower veryslow".split()
+PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+MOST_THREADS = 8  # each holds an image; more threads mostly fill the memory
+BT709, BT601 = 1, 6  # FFmpeg's numbers of the two common YUV matrices
+MATRICES = {BT709, 4, 5, BT601, 7, 9}  # those that FFmpeg converts; the others mean unknown, or RGB
+
+
+# -------------------------------------------------------------------------------------------------------------- painting
+
+
+@dataclass
+class Painter:
+    """How label maps are shown."""
+
+    classes: Classes
+    style: str = "overlay"  # colours over the image, "colour" for colours alone, "labels" for train ids
+    strength: float = 0.55  # of an overlay's colours, in [0, 1]
+    legend: bool = False  # below the image
+
+    def paint(self, image: Image.Image, label: np.ndarray) -> Image.Image:
+        """An RGB image and its (H, W) uint8 label map -> RGB image, or mode L for "labels"."""
+        if self.style == "labels":
+            return Image.fromarray(label)
+        painted = self.classes.colour_map(label)
+        if self.style == "overlay":
+            painted = Image.blend(image, painted, self.strength)
+        if self.legend:
+            strip = legend(self.classes, painted.width, np.unique(label))
+            painted = Image.fromarray(np.concatenate([painted, strip]))
+        return painted
+
+
+def legend(classes: Classes, width: int, labels: Iterable[int]) -> Image.Image:
+    """A table of the colours and names of some classes, `width` pixels wide; its height is even."""
+    size = min(max(12, width // 80), 40)  # of the letters, in pixels
+    font, row = ImageFont.load_default(size), 2 * size
+    shown = [index for index in labels if index < len(classes.names)]
+    # Pillow's own font has little more than ASCII.
+    names = [classes.names[index] if classes.names[index].isascii() else f"class {index}" for index in shown]
+    column = row + size + math.ceil(max(map(font.getlength, names), default=0))
+    columns = max(1, width // column)
+    table = Image.new("RGB", (width, row * math.ceil(len(names) / columns)), "white")
+    draw = ImageDraw.Draw(table)
+    for i, (name, index) in enumerate(zip(names, shown)):
+        x, y = i % columns * column + size // 2, i // columns * row + size // 2
+        draw.rectangle((x, y, x + size, y + size), tuple(classes.colours[index]), "black")
+        draw.text((x + 3 * size // 2, y + size // 2), name, "black", font, "lm")
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------------------- video
+
+
+class VideoReader:
+    """A video, read frame by frame; `damage` says in the end what was wrong with it, or is empty."""
+
+    def __init__(self, path: Path):
+        self.av, self.path, self.damage = import_option("av", "video"), path, ""
+        with self.av.open(path) as container:
+            stream = container.streams.best("video")
+            self.first_frame = next(container.decode(stream), None) if stream else None
+        if self.first_frame is None:
+            raise DataError(f"{path}: holds no video")
+        check_size(path, self.first_frame.width, self.first_frame.height)
+        self.container = self.av.open(path)
+        self.stream = self.container.streams.best("video")
+        self.stream.thread_type = "AUTO"
+
+    def add_sound(self, sink) -> dict:
+        """Adds streams of sound to `sink`, where its container takes them; the keys are their indices in this video."""
+        streams = {}
+        for stream in self.container.streams.audio:
+            try:
+                streams[stream.index] = sink.add_stream_from_template(stream)
+            except ValueError as error:
+                report(f"{self.path}: sound is left out ({error})")
+        return streams
+
+    def frames(self, sink, sound: dict) -> Iterator:
+        """Yields the frames, at increasing times, and copies packets of sound to `sink` on the way."""
+        undecodable, end_s, last, step = 0, 0, None, 1 / (self.stream.average_rate or 25) / self.stream.time_base
+        for packet in self.container.demux():
+            if packet.pts is not None:
+                end_s = max(end_s, packet.pts * packet.time_base)
+            index = packet.stream.index
+            if index in sound and packet.dts is not None:
+                packet.stream = sound[index]
+                sink.mux(packet)
+            elif index == self.stream.index:
+                try:
+                    frames = packet.decode()
+                except self.av.FFmpegError:  # players skip it, too
+                    undecodable, frames = undecodable + 1, []
+                for frame in frames:
+                    if last is not None and (frame.pts is None or frame.pts <= last):
+                        frame.pts = last + max(1, round(step))  # AVI has no times, joined recordings start again at 0
+                    last = frame.pts
+                    yield frame
+        start_s, duration_s = ((each or 0) / 1e6 for each in (self.container.start_time, self.container.duration))
+        if undecodable:
+            self.damage = f"damaged, {undecodable} packets cannot be decoded"
+        elif end_s < start_s + 0.9 * duration_s - 0.25:
+            self.damage = f"ends after {end_s - start_s:.1f} of {duration_s:.1f} s"
+
+
+class VideoPainter:
+    """Shows label maps of a video's frames as `Painter` does, in planes of Y, U and V with the video's own matrix and range.
+
+    All frames get the size of the first one, made even where the result is in colour, and then become upright.
+    """
+
+    def __init__(self, painter: Painter, first):
+        self.av = import_option("av", "video")
+        self.first, self.labels = with_matrix(first), painter.style == "labels"
+        self.turns = round(first.rotation / 90)  # to the left
+        self.read_size = first.width, first.height
+        if not self.labels:
+            self.read_size = first.width + first.width % 2, first.height + first.height % 2
+        self.width, self.height = self.read_size[::-1] if self.turns % 2 else self.read_size
+        strength = round(256 * painter.strength) if painter.style == "overlay" else 256
+        self.keep = np.uint16(256 - strength)
+        colours = self.to_yuv(painter.classes.palette()[None])[:, 0]
+        self.tables = (strength * colours.astype(int) + 128).astype(np.uint16)  # (3, 256), of Y, U and V
+        self.strip = np.empty((3, 0, self.width), np.uint8)
+        if painter.legend:
+            strip = legend(painter.classes, self.width, range(len(painter.classes.names)))
+            self.strip = self.to_yuv(np.asarray(strip))
+            self.height += strip.height
+
+    def to_yuv(self, rgb: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 RGB -> (3, H, W) uint8 Y, U, V."""
+        frame = self.av.VideoFrame.from_ndarray(rgb, format="rgb24")
+        matrix, levels = self.first.colorspace, self.first.color_range
+        return frame.to_ndarray(format="yuv444p", dst_colorspace=matrix, dst_color_range=levels)
+
+    def read(self, frame) -> tuple[np.ndarray, list[np.ndarray]]:
+        """A decoded frame -> (H, W, 3) uint8 RGB for the network, and Y (H, W), U and V (H / 2, W / 2)."""
+        frame = with_matrix(frame).reformat(*self.read_size, "yuv420p")
+        rgb, *yuv = (np.rot90(each, self.turns) for each in (frame.to_ndarray(format="rgb24"), *planes(frame)))
+        return np.ascontiguousarray(rgb), yuv
+
+    def paint(self, yuv: list[np.ndarray], label: np.ndarray):
+        """The planes of a frame and its (H, W) uint8 label map -> the frame to encode."""
+        if self.labels:
+            return self.av.VideoFrame.from_ndarray(label, format="gray")
+        painted = self.av.VideoFrame(self.width, self.height, "yuv420p")
+        for i, result in enumerate(planes(painted)):
+            every = 2 if i else 1  # U and V have half the resolution
+            mixed = np.multiply(yuv[i], self.keep, dtype=np.uint16)
+            mixed += self.tables[i].take(label[::every, ::every])
+            result[: len(mixed)] = mixed >> 8
+            result[len(mixed) :] = self.strip[i, ::every, ::every]
+        return painted
+
+    def add_stream(self, sink, source, preset: str):
+        """A stream of `sink` for the painted frames; `source` is the stream that they come from."""
+        codec = "ffv1" if self.labels else "libx264" if "libx264" in self.av.codecs_available else "mpeg4"
+        options = {"ffv1": {}, "libx264": {"preset": preset, "crf": "23"}, "mpeg4": {"qmin": "3", "qmax": "3"}}[codec]
+        stream = sink.add_stream(codec, rate=source.average_rate or 25, options=options)
+        stream.width, stream.height, stream.pix_fmt = self.width, self.height, "gray" if self.labels else "yuv420p"
+        context = stream.codec_context
+        context.time_base = Fraction(1, 60000) if codec == "mpeg4" else source.time_base  # MPEG-4 has 16 bits for it
+        if not self.labels:
+            for tag in ("colorspace", "color_range", "color_primaries", "color_trc"):
+                setattr(context, tag, getattr(self.first, tag))
+        return stream
+
+
+def planes(frame) -> list[np.ndarray]:
+    """Views of a frame's planes, (height, width) uint8."""
+    return [np.frombuffer(each, np.uint8).reshape(each.height, -1)[:, : each.width] for each in frame.planes]
+
+
+def with_matrix(frame):
+    """The same frame; one without a YUV matrix that FFmpeg converts gets the one that players assume for its size."""
+    if frame.colorspace not in MATRICES:
+        frame.colorspace = BT709 if frame.height >= 720 else BT601
+    return frame
+
+
+# ------------------------------------------------------------------------------------------------------------ prediction
+
+
+def in_order(function: Callable, items: Iterable, threads: int) -> Iterator[Future]:
+    """function(item) for each item in worker threads; yields the futures in the order of the items.
+
+    At most threads + 2 items are under way, so that a long video does not fill the memory.
+    """
+    under_way = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            under_way.append(pool.submit(function, item))
+            if len(under_way) == threads + 2:
+                yield under_way.popleft()
+        yield from under_way
+
+
+@dataclass
+class Predictor:
+    """Segments files, with a thread for each image or frame."""
+
+    segment: Callable[[Tensor], Tensor]  # of ops_ext.accelerate
+    painter: Painter
+    preset: str  # of x264
+    threads: int
+    lock: contextlib.AbstractContextManager  # around the network; an accelerator runs one image at a time
+    progress: bool
+
+    def segment_image(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 RGB -> (H, W) uint8 label map."""
+        with self.lock:
+            return self.segment(torch.from_numpy(image)[None])[0].cpu().numpy()
+
+    def segment_picture(self, paths: tuple[Path, Path]) -> None:
+        """Image file to image file."""
+        source, target = paths
+        image = read_image(source)
+        check_size(source, *image.size)
+        painted = self.painter.paint(image, self.segment_image(np.array(image)))
+        with complete_file(target) as unfinished:
+            painted.save(unfinished, "PNG", compress_level=1)  # a quarter of the time for a tenth more bytes
+
+    def segment_frame(self, frame, painter: VideoPainter):
+        """Decoded frame to painted frame."""
+        rgb, yuv = painter.read(frame)
+        painted = painter.paint(yuv, self.segment_image(rgb))
+        painted.pts, painted.time_base = frame.pts, frame.time_base
+        return painted
+
+    def segment_video(self, source: Path, target: Path) -> int:
+        """Video file to video file; the number of frames. What can be decoded of a damaged one becomes NAME.partial.mp4."""
+        av, count = import_option("av", "video"), 0
+        try:
+            reader = VideoReader(source)
+            painter = VideoPainter(self.painter, reader.first_frame)
+            # Recordings may start at any time; "unofficial" allows, for instance, MP3 of 8 kHz.
+            options = {"output_ts_offset": f"{-(reader.container.start_time or 0)}us", "strict": "unofficial"}
+            with reader.container, complete_file(target) as unfinished:
+                with av.open(unfinished, "w", format="matroska" if painter.labels else "mp4", options=options) as sink:
+                    video = painter.add_stream(sink, reader.stream, self.preset)
+                    frames = reader.frames(sink, sound={} if painter.labels else reader.add_sound(sink))
+                    done = in_order(partial(self.segment_frame, painter=painter), frames, self.threads)
+                    for future in self.bar(done, source.name, reader.stream.frames):
+                        sink.mux(video.encode(future.result()))
+                        count += 1
+                    sink.mux(video.encode(None))
+                if reader.damage:
+                    kept = target.with_name(f"{target.stem}.partial{target.suffix}")
+                    os.replace(unfinished, kept)
+                    raise DataError(f"{source}: {reader.damage}; {kept} holds the {count} frames that could be decoded")
+        except av.FFmpegError as error:
+            raise DataError(f"{source}: cannot be segmented ({error.strerror}); convert it, or leave it out") from None
+        return count
+
+    def bar(self, items: Iterable, name: str, total: int) -> tqdm:
+        return tqdm(items, name, total or None, leave=False, disable=not self.progress)
+
+
+def check_size(path: Path, width: int, height: int) -> None:
+    if min(width, height) < MIN_SIZE:
+        raise DataError(f"{path}: {width}x{height} pixels, expected at least {MIN_SIZE}x{MIN_SIZE}; enlarge it")
+
+
+# ----------------------------------------------------------------------------------------------------------------- files
+
+
+def find_files(paths: Sequence[str], out: Path, style: str) -> tuple[list[tuple[Path, Path]], list[tuple[Path, Path]]]:
+    """Images and videos at or below `paths`, each with the file below `out` that it becomes."""
+    images, videos, sources = [], [], {}
+    for given in map(Path, paths):
+        if not given.exists():
+            raise FileNotFoundError(f"{given}: no such image, video or folder")
+        files, root = (files_below(given), given) if given.is_dir() else ([given], given.parent)
+        for file in files:
+            is_video = file.suffix.lower() in VIDEO_SUFFIXES
+            suffix = ".png" if not is_video else ".mkv" if style == "labels" else ".mp4"
+            # The file's own suffix stays in the name: the results of a.jpg and a.png must differ.
+            target = out / file.relative_to(root).with_name(f"{file.name}_{style}{suffix}")
+            if target in sources:
+                raise UsageError(f"{sources[target]} and {file} would both become {target}; give one another --out")
+            sources[target] = file
+            (videos if is_video else images).append((file, target))
+    return images, videos
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Images and videos below a folder, without results of this script; a line on stderr says what else is there."""
+    files, left_out = [], Counter()
+    for path in sorted(folder.rglob("*")):
+        suffix = path.suffix.lower()
+        if RESULT.search(path.name) or not path.is_file():
+            continue
+        if suffix in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
+            files.append(path)
+        else:
+            left_out[suffix or "without suffix"] += 1
+    if not files:
+        raise DataError(f"{folder}: no images or videos; supported are {' '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)}")
+    if left_out and os.environ.get("RANK", "0") == "0":
+        report(f"{folder}: left out {', '.join(f'{count} {suffix}' for suffix, count in left_out.most_common())}")
+    return files
+
+
+@contextlib.contextmanager
+def complete_file(target: Path) -> Iterator[Path]:
+    """A path to write to, which gets its name at the end, so that half a file never looks complete."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f"{target.name}.unfinished")
+    try:
+        yield unfinished
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def successes(calls: Iterable[Callable]) -> list:
+    """The results of the calls, one for each file, that succeed; the others are a line on stderr each."""
+    results = []
+    for call in calls:
+        try:
+            results.append(call())
+        except (DataError, OSError) as error:
+            report(error)
+    return results
+
+
+def report(message: object) -> None:
+    tqdm.write(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------- command line
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of tools/predict.py."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="PATH", help="image, video, or folder with such")
+    add("--weights", required=True, metavar="FILE",
+        help="checkpoint of train.py, or of Tramac, SegmenTron, MMSegmentation")  # fmt: skip
+    add("--out", type=Path, default="runs/predictions", metavar="DIR", help="folder to write to (default: %(default)s)")
+    add("--style", choices=STYLES, default="overlay",
+        help="colours over the image; colours alone; or train ids, 8 bits a pixel, lossless (default: %(default)s)")  # fmt: skip
+    add("--strength", type=float, default=0.55, help="of an overlay's colours, 0 to 1 (default: %(default)s)")
+    add("--legend", action="store_true", help="name the colours in a strip below the image or video")
+    add("--preset", choices=PRESETS, default="ultrafast",
+        help="x264's, for video; veryfast: half the bytes, encoding takes three times as long (default: %(default)s)")  # fmt: skip
+    add("--amp", choices=PRECISIONS, default="auto",
+        help="precision of the convolutions; auto is the fastest, off is float32 (default: %(default)s)")  # fmt: skip
+    add("--device", help="cpu, cuda, ... (default: the machine's accelerator, or else the CPU)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Segments the files that the command line names; the exit status."""
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    for flag in NOT_IN_STYLE[args.style]:
+        if getattr(args, flag) != parser.get_default(flag):
+            raise UsageError(f"--{flag} has no effect with --style {args.style}; leave it out")
+    if not 0 <= args.strength <= 1:
+        raise UsageError(f"--strength is {args.strength}, expected 0 to 1")
+    images, videos = find_files(args.paths, args.out, args.style)
+    if videos:
+        import_option("av", "video")
+    checkpoint = read_checkpoint(args.weights)
+    # A peer's weights have no class names; 19 classes are those of Cityscapes.
+    classes = Classes.from_dict(checkpoint["classes"]) if "classes" in checkpoint else CITYSCAPES
+    model = build_from_checkpoint(checkpoint, args.weights, len(classes.names))
+    device, rank, world_size = start_processes(args.device, timeout_minutes=24 * 60)  # some get the longer videos
+
+    # On the CPU, a thread for each image is faster than several threads for one.
+    threads = min(torch.get_num_threads(), MOST_THREADS)
+    torch.set_num_threads(1)
+    predictor = Predictor(
+        segment=accelerate(model, device=device, precision=PRECISIONS[args.amp], mean=MEAN, std=STD),
+        painter=Painter(classes, args.style, args.strength, args.legend),
+        preset=args.preset,
+        threads=threads,
+        lock=contextlib.nullcontext() if device.type == "cpu" else threading.Lock(),
+        progress=rank == 0 and sys.stderr.isatty(),
+    )
+    share = images[rank::world_size]
+    done = predictor.bar(in_order(predictor.segment_picture, share, threads), "images", len(share))
+    written = gathered(successes(future.result for future in done), world_size)
+    start = time.perf_counter()
+    share = videos[rank::world_size]
+    frames = gathered(successes(partial(predictor.segment_video, *paths) for paths in share), world_size)
+    fps = round(sum(frames) / (time.perf_counter() - start), 1) if frames else None
+
+    failed = len(images) + len(videos) - len(written) - len(frames)
+    if rank == 0:
+        text = f"wrote {len(written)} images and {len(frames)} videos to {args.out}"
+        print(f"{text}; {failed} files failed, see above" if failed else text)
+        result = {"images": len(written), "videos": len(frames), "frames": sum(frames)}
+        print(json.dumps({**result, "out": str(args.out), "style": args.style, "fps": fps}), flush=True)
+    return 2 if failed else 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that no half file is left
+    sys.exit(exit_status(main, (DataError, CheckpointError)))
