@@ -90,7 +90,6 @@ def test_training_is_timed_in_two_processes(drawn, tmp_path):
     assert (result["processes"], result["batch_size"], result["crop_size"]) == (2, 4, [32, 64])
     for name in ("loader_images_per_s", "step_images_per_s", "images_per_s", "peak_memory_mib"):
         assert result[name] > 0
-    assert list(result["step_ms"]) == ["input", "forward", "loss", "backward", "optimiser", "rest"]
     assert not list(tmp_path.iterdir())  # nothing is written
 
 

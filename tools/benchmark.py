@@ -4,8 +4,8 @@
     python tools/benchmark.py --size 512 1024 --stages --against eager compile onnxruntime openvino-bf16
     python tools/benchmark.py --train 20 --data datasets/cityscapes --cache ram    # with the flags of train.py
 
-Inference needs no weights. Training times the loader alone, the step alone and both, and writes nothing; under torchrun it shares
-the batch out as train.py does. The last line on stdout is one JSON object.
+Inference needs no weights. Training times the loader alone, the step alone and both, and writes nothing; under torchrun
+it shares the batch out as train.py does. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -106,7 +105,6 @@ RUNTIMES = {  # each makes a Segment of a network, for images of one size
     "eager": functools.partial(in_pytorch, planes=True),
     "channels_last": in_pytorch,
     "compile": functools.partial(in_pytorch, compile_mode="default"),
-    "max-autotune": functools.partial(in_pytorch, compile_mode="max-autotune"),
     "max-autotune-bf16": functools.partial(in_pytorch, compile_mode="max-autotune", bf16=True),
     "onnxruntime": in_onnxruntime,
     "openvino": in_openvino,
@@ -164,21 +162,6 @@ def print_latencies(result: dict) -> None:
 # --------------------------------------------------------------------------------------------------------------- training
 
 
-class Clock:
-    """Seconds from each mark to the one before it, added up by name; every mark waits for the device."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds, self.last = device, Counter(), 0.0
-        self.mark("start")
-
-    def mark(self, name: str) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[name] += now - self.last
-        self.last = now
-
-
 def batches(run: train.Run) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of all epochs."""
     for epoch in itertools.count(1):
@@ -188,29 +171,12 @@ def batches(run: train.Run) -> Iterator[tuple[Tensor, Tensor]]:
 
 def images_per_s(run: train.Run, steps: int, work: Callable[[], object]) -> float:
     """Of all processes, over `steps` calls of `work`, each of which is for one batch."""
-    clock = Clock(run.device)
+    start = time.perf_counter()
     for _ in range(steps):
         work()
-    clock.mark("work")
-    return round(steps * run.args.batch_size / clock.seconds["work"], 2)
-
-
-def phases_ms(run: train.Run, steps: int, images: Tensor, target: Tensor) -> dict[str, float]:
-    """Mean times of the parts of a step. Hooks wait for the device between them, so their sum is more than a step."""
-    clock = Clock(run.device)
-    hooks = [
-        run.model.register_forward_pre_hook(lambda *_: clock.mark("input")),
-        run.model.register_forward_hook(lambda *_: clock.mark("forward")),
-        run.model.register_full_backward_pre_hook(lambda *_: clock.mark("loss")),  # forward and backward
-        run.optimizer.register_step_pre_hook(lambda *_: clock.mark("backward")),
-        run.optimizer.register_step_post_hook(lambda *_: clock.mark("optimiser")),
-    ]
-    for _ in range(steps):
-        train.train_step(run, images, target)
-        clock.mark("rest")
-    for hook in hooks:
-        hook.remove()
-    return {name: round(1000 * seconds / steps, 3) for name, seconds in clock.seconds.items() if name != "start"}
+    if run.device.type != "cpu":
+        torch.accelerator.synchronize(run.device)
+    return round(steps * run.args.batch_size / (time.perf_counter() - start), 2)
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -219,11 +185,11 @@ def peak_memory_mib(device: torch.device) -> float:
         return torch.get_device_module(device).max_memory_allocated(device) / 2**20
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
 
 
 def time_training(steps: int, flags: list[str]) -> dict:
-    """Images a second of the loader, of the step, and of both; `flags` are those of train.py. Empty for other ranks than 0."""
+    """Images a second of the loader, of the step, and of both, for flags of train.py; empty for other ranks than 0."""
     args = train.parse_args(flags)
     datasets = train.open_datasets(args)
     device, rank, world_size = start_processes(args.device)
@@ -241,7 +207,6 @@ def time_training(steps: int, flags: list[str]) -> dict:
     for _ in range(WARMUP):
         train.train_step(run, images, target)
     result["step_images_per_s"] = images_per_s(run, steps, lambda: train.train_step(run, images, target))
-    result["step_ms"] = phases_ms(run, steps, images, target)
     for _ in range(prefetched):
         next(source)
     result["images_per_s"] = images_per_s(run, steps, lambda: train.train_step(run, *next(source)))
