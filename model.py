@@ -70,30 +70,40 @@ class CheckpointError(ValueError):
 
 
 class ConvBN(nn.Sequential):
-    """Convolution, batch normalisation, and ReLU unless `relu=False`. Padding keeps ceil(size / stride) unless given."""
+    """Convolution, batch normalisation, ReLU.
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 1,
-        stride: int = 1,
-        *,
-        groups: int = 1,
-        dilation: int = 1,
-        padding: int | None = None,
-        bias: bool = False,
-        relu: bool = True,
-        relu6: bool = False,
-    ):
-        padding = dilation * (kernel_size // 2) if padding is None else padding
+    Args:
+        relu: the class of the non-linearity, None for none.
+        options: of nn.Conv2d. The default padding gives ceil(size / stride); there is no bias by default.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, *, relu=nn.ReLU, **options):
         super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=bias
-        )
+        padding = options.get("dilation", 1) * (kernel_size // 2)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, **{"padding": padding, "bias": False, **options})
         self.bn = nn.BatchNorm2d(out_channels)
-        if relu:
-            self.relu = nn.ReLU6(inplace=True) if relu6 else nn.ReLU(inplace=True)
+        if relu is not None:
+            self.relu = relu(inplace=True)
+
+
+class DilatedConvBN(ConvBN):
+    """ConvBN of a dilated depthwise 3x3 convolution, which is computed without dilation in training on the CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # oneDNN's gradient of a dilated depthwise kernel takes ten times as long as that of a plain one, and in bfloat16 is
+        # wrong, at times NaN (seen in its 3.13). A dilation of d is the plain kernel on each of the d x d images made of
+        # every d-th pixel of every d-th row. torch.compile fails on these reshapes at a second size, and gets the original.
+        conv, d = self.conv, self.conv.dilation[0]
+        differentiated = self.training or (torch.is_autocast_enabled("cpu") and torch.is_grad_enabled())
+        if d == 1 or x.device.type != "cpu" or not differentiated or torch.compiler.is_compiling():
+            return super().forward(x)
+        n, _, h, w = x.shape
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -w % d, 0, -h % d))  # (N, H, W, C), now multiples of d
+        x = x.unflatten(2, (-1, d)).unflatten(1, (-1, d)).permute(0, 2, 4, 1, 3, 5)  # (N, d, d, H/d, W/d, C)
+        x = F.conv2d(x.flatten(0, 2).permute(0, 3, 1, 2), conv.weight, conv.bias, padding=1, groups=conv.groups)
+        x = x.permute(0, 2, 3, 1).unflatten(0, (n, d, d)).permute(0, 3, 1, 4, 2, 5)  # (N, H/d, d, W/d, d, C)
+        x = x.flatten(3, 4).flatten(1, 2)[:, :h, :w].permute(0, 3, 1, 2)  # (N, C, H, W)
+        return self.relu(self.bn(x.contiguous(memory_format=torch.channels_last)))
 
 
 class DSConv(nn.Sequential):
@@ -101,19 +111,20 @@ class DSConv(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *, depthwise_relu: bool = False):
         super().__init__()
-        self.depthwise = ConvBN(in_channels, in_channels, 3, stride, groups=in_channels, relu=depthwise_relu)
+        relu = nn.ReLU if depthwise_relu else None
+        self.depthwise = ConvBN(in_channels, in_channels, 3, stride=stride, groups=in_channels, relu=relu)
         self.pointwise = ConvBN(in_channels, out_channels)
 
 
 class Bottleneck(nn.Module):
-    """Inverted residual of MobileNetV2 (table 2): expand by t, depthwise 3x3, project without a non-linearity."""
+    """Inverted residual of MobileNetV2 (table 2): expand by 6, depthwise 3x3, project without a non-linearity."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, expansion: int = 6, *, relu6: bool = False):
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *, relu6: bool = False):
         super().__init__()
-        hidden = in_channels * expansion
-        self.expand = ConvBN(in_channels, hidden, relu6=relu6)
-        self.depthwise = ConvBN(hidden, hidden, 3, stride, groups=hidden, relu6=relu6)
-        self.project = ConvBN(hidden, out_channels, relu=False)
+        hidden, relu = in_channels * 6, nn.ReLU6 if relu6 else nn.ReLU
+        self.expand = ConvBN(in_channels, hidden, relu=relu)
+        self.depthwise = ConvBN(hidden, hidden, 3, stride=stride, groups=hidden, relu=relu)
+        self.project = ConvBN(hidden, out_channels, relu=None)
         self.residual = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,16 +132,22 @@ class Bottleneck(nn.Module):
         return x + y if self.residual else y
 
 
-def pooling_matrix(size: int, bins: tuple[int, ...], like: Tensor) -> Tensor:
-    """(sum(bins), size) matrix whose rows average the cells that `F.adaptive_avg_pool1d` averages, for each of `bins`.
+def bottlenecks(in_channels: int, out_channels: int, stride: int, *, relu6: bool) -> nn.Sequential:
+    """Three bottlenecks, a row of table 1: the first has the stride and changes the number of channels."""
+    first = Bottleneck(in_channels, out_channels, stride, relu6=relu6)
+    return nn.Sequential(first, *(Bottleneck(out_channels, out_channels, relu6=relu6) for _ in range(2)))
 
-    Row i of n bins has the weight 1 / length on the half-open range [floor(i size / n), ceil((i + 1) size / n)).
+
+def pooling_matrix(size: int, bins: tuple[int, ...], like: Tensor) -> Tensor:
+    """`F.adaptive_avg_pool1d` to each of `bins` as one matrix, (sum(bins), size).
+
+    Row i of n bins averages the half-open range [floor(i size / n), ceil((i + 1) size / n)).
     """
     position = torch.arange(size, device=like.device)
     row = torch.cat([torch.arange(n, device=like.device) for n in bins])
     count = torch.cat([torch.full((n,), n, device=like.device) for n in bins])
     start = row * size // count
-    end = -(-(row + 1) * size // count)  # ceil
+    end = ((row + 1) * size + count - 1) // count  # not -(-a // b), which the legacy ONNX exporter truncates
     member = (position >= start[:, None]) & (position < end[:, None])
     return member.to(like.dtype) / (end - start)[:, None]
 
@@ -154,12 +171,9 @@ class PyramidPooling(nn.Module):
         """(N, C, H, W) -> one (N, C, n, n) per n of `bins`."""
         rows = pooling_matrix(x.shape[-2], self.bins, x)
         columns = pooling_matrix(x.shape[-1], self.bins, x)
-        pooled = rows @ x @ columns.T  # (N, C, 12, 12); the pyramid's levels are the blocks on its diagonal
-        levels, start = [], 0
-        for n in self.bins:
-            levels.append(pooled[..., start : start + n, start : start + n])
-            start += n
-        return levels
+        pooled = rows @ x @ columns.T  # (N, C, 12, 12); the levels of the pyramid are the blocks on its diagonal
+        ends = itertools.accumulate(self.bins)
+        return [pooled[..., end - n : end, end - n : end] for n, end in zip(self.bins, ends)]
 
     def forward(self, x: Tensor) -> Tensor:
         levels = [resize(reduce(level), x, self.align_corners) for reduce, level in zip(self.reduce, self.pool(x))]
@@ -192,15 +206,12 @@ class GlobalFeatureExtractor(nn.Module):
 
     def __init__(self, variant: Variant = VARIANTS["paper"]):
         super().__init__()
-        self.bottleneck1 = self._stage(64, 64, stride=2, relu6=variant.relu6)
-        self.bottleneck2 = self._stage(64, 96, stride=2, relu6=variant.relu6)
-        self.bottleneck3 = self._stage(96, 128, stride=1, relu6=variant.relu6)
-        self.pyramid_pooling = PyramidPooling(128, 128, kernel_size=variant.pyramid_kernel, align_corners=variant.align_corners)
-
-    @staticmethod
-    def _stage(in_channels: int, out_channels: int, stride: int, relu6: bool, repeats: int = 3) -> nn.Sequential:
-        first = Bottleneck(in_channels, out_channels, stride, relu6=relu6)
-        return nn.Sequential(first, *(Bottleneck(out_channels, out_channels, relu6=relu6) for _ in range(repeats - 1)))
+        self.bottleneck1 = bottlenecks(64, 64, stride=2, relu6=variant.relu6)
+        self.bottleneck2 = bottlenecks(64, 96, stride=2, relu6=variant.relu6)
+        self.bottleneck3 = bottlenecks(96, 128, stride=1, relu6=variant.relu6)
+        self.pyramid_pooling = PyramidPooling(
+            128, 128, kernel_size=variant.pyramid_kernel, align_corners=variant.align_corners
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pyramid_pooling(self.bottleneck3(self.bottleneck2(self.bottleneck1(x))))
@@ -209,52 +220,30 @@ class GlobalFeatureExtractor(nn.Module):
 class FeatureFusion(nn.Module):
     """Section 3.2.3, table 3: detail (N, 64, H/8, W/8) + context (N, 128, H/32, W/32) -> (N, 128, H/8, W/8)."""
 
-    def __init__(
-        self,
-        detail_channels: int = 64,
-        context_channels: int = 128,
-        out_channels: int = 128,
-        variant: Variant = VARIANTS["paper"],
-    ):
+    def __init__(self, variant: Variant = VARIANTS["paper"]):
         super().__init__()
-        kernel, bias = variant.fusion_kernel, variant.fusion_bias
-        # The dilation is the factor between the two resolutions, as the table has it.
-        groups = context_channels if kernel == 3 else 1
-        self.depthwise = ConvBN(context_channels, context_channels, kernel, groups=groups, dilation=variant.fusion_dilation)
-        self.context = ConvBN(context_channels, out_channels, relu=False, bias=bias)
-        self.detail = ConvBN(detail_channels, out_channels, relu=False, bias=bias)
+        kernel = variant.fusion_kernel
+        groups = 128 if kernel == 3 else 1
+        # The dilation is the factor between the two resolutions, as in the table.
+        self.depthwise = DilatedConvBN(128, 128, kernel, groups=groups, dilation=variant.fusion_dilation)
+        self.context = ConvBN(128, 128, relu=None, bias=variant.fusion_bias)
+        self.detail = ConvBN(64, 128, relu=None, bias=variant.fusion_bias)
         self.align_corners = variant.align_corners
 
     def forward(self, detail: Tensor, context: Tensor) -> Tensor:
-        context = self.context(self._spread(resize(context, detail, self.align_corners)))
+        context = self.context(self.depthwise(resize(context, detail, self.align_corners)))
         return F.relu(self.detail(detail) + context)
-
-    def _spread(self, context: Tensor) -> Tensor:
-        conv = self.depthwise.conv
-        differentiated = self.training or (torch.is_autocast_enabled("cpu") and torch.is_grad_enabled())
-        if context.device.type != "cpu" or not differentiated or conv.dilation == (1, 1):
-            return self.depthwise(context)
-        # oneDNN's gradient of a dilated depthwise kernel takes ten times as long as that of a plain one, and in bfloat16 is
-        # wrong, at times NaN (seen in its 3.13). The same kernel, undilated, on every fourth pixel of every fourth row:
-        n, d = len(context), conv.dilation[0]
-        h, w = context.shape[2:]
-        x = F.pad(context.permute(0, 2, 3, 1), (0, 0, 0, -w % d, 0, -h % d))  # (N, H, W, C)
-        x = x.unflatten(2, (-1, d)).unflatten(1, (-1, d)).permute(0, 2, 4, 1, 3, 5)  # (N, d, d, H/d, W/d, C)
-        x = F.conv2d(x.flatten(0, 2).permute(0, 3, 1, 2), conv.weight, conv.bias, padding=1, groups=conv.groups)
-        x = x.permute(0, 2, 3, 1).unflatten(0, (n, d, d)).permute(0, 3, 1, 4, 2, 5)  # (N, H/d, d, W/d, d, C)
-        x = x.flatten(3, 4).flatten(1, 2)[:, :h, :w].permute(0, 3, 1, 2)
-        return self.depthwise.relu(self.depthwise.bn(x.contiguous(memory_format=torch.channels_last)))
 
 
 class Classifier(nn.Module):
-    """Section 3.2.4: two DSConv, dropout before the last layer, one score per class. Softmax is left to the loss."""
+    """Section 3.2.4: (N, 128, H/8, W/8) -> (N, num_classes, H/8, W/8) logits. Softmax is left to the loss."""
 
-    def __init__(self, channels: int, num_classes: int, dropout: float, variant: Variant = VARIANTS["paper"]):
+    def __init__(self, num_classes: int, dropout: float, variant: Variant = VARIANTS["paper"]):
         super().__init__()
-        self.dsconv1 = DSConv(channels, channels, depthwise_relu=variant.depthwise_relu)
-        self.dsconv2 = DSConv(channels, channels, depthwise_relu=variant.depthwise_relu)
+        self.dsconv1 = DSConv(128, 128, depthwise_relu=variant.depthwise_relu)
+        self.dsconv2 = DSConv(128, 128, depthwise_relu=variant.depthwise_relu)
         self.dropout = nn.Dropout(dropout)
-        self.conv = nn.Conv2d(channels, num_classes, 1)
+        self.conv = nn.Conv2d(128, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.dropout(self.dsconv2(self.dsconv1(x))))
@@ -263,11 +252,11 @@ class Classifier(nn.Module):
 class AuxiliaryHead(nn.Sequential):
     """A small classifier on inner features, for training alone (section 4.1: auxiliary losses of weight 0.4)."""
 
-    def __init__(self, in_channels: int, num_classes: int, dropout: float, hidden: int = 32):
+    def __init__(self, in_channels: int, num_classes: int, dropout: float):
         super().__init__()
-        self.hidden = ConvBN(in_channels, hidden, 3)
+        self.hidden = ConvBN(in_channels, 32, 3)
         self.dropout = nn.Dropout(dropout)
-        self.conv = nn.Conv2d(hidden, num_classes, 1)
+        self.conv = nn.Conv2d(32, num_classes, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ the network
@@ -286,43 +275,35 @@ class FastSCNN(nn.Module):
 
     def __init__(self, num_classes: int = 19, *, variant: str = "paper", aux: bool = False, dropout: float = 0.1):
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}, expected at least 1")
         if variant not in VARIANTS:
             raise ValueError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout is {dropout}, expected a probability from 0 to 1")
         self.args = {"num_classes": num_classes, "variant": variant, "aux": aux, "dropout": dropout}
-        choices = VARIANTS[variant]
-        self.learning_to_downsample = LearningToDownsample(choices)
-        self.global_feature_extractor = GlobalFeatureExtractor(choices)
-        self.feature_fusion = FeatureFusion(variant=choices)
-        self.classifier = Classifier(128, num_classes, dropout, choices)
+        choice = VARIANTS[variant]
+        self.learning_to_downsample = LearningToDownsample(choice)
+        self.global_feature_extractor = GlobalFeatureExtractor(choice)
+        self.feature_fusion = FeatureFusion(choice)
+        self.classifier = Classifier(num_classes, dropout, choice)
         self.aux_detail = AuxiliaryHead(64, num_classes, dropout) if aux else None
-        self.aux_context = AuxiliaryHead(128, num_classes, dropout) if aux and choices.aux_context else None
-        self.align_corners = choices.align_corners
+        self.aux_context = AuxiliaryHead(128, num_classes, dropout) if aux and choice.aux_context else None
+        self.align_corners = choice.align_corners
 
     def forward(self, x: Tensor, upsample: bool = True) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Class scores of a batch of images.
+        """Class scores (logits) of a batch of images.
 
         Args:
-            x: (N, 3, H, W) floating point RGB, normalised; H, W >= 32, no multiple of anything.
-            upsample: scores at the input's resolution, or at the network's own.
+            x: (N, 3, H, W) floating point RGB, normalised; any H, W >= 32.
+            upsample: return logits at the size of the input, else at 1/8 of it.
 
         Returns:
-            (N, num_classes, H, W) logits, or (N, num_classes, ceil(H/8), ceil(W/8)) with `upsample=False`; without padding
-            in the stem that is of H - 2 and W - 2.
-            In training mode with aux=True a tuple (main, auxiliary at 1/8, auxiliary at 1/32), each upsampled likewise.
-
-        Raises:
-            ValueError: the input is not (N, 3, H, W), or smaller than 32 pixels.
+            (N, num_classes, H, W), or (N, num_classes, ceil(H/8), ceil(W/8)) with `upsample=False`; variants without
+            padding in the first convolution: ceil((H - 2)/8), ceil((W - 2)/8).
+            In training mode with aux=True a tuple (main, auxiliary at 1/8, auxiliary at 1/32), "tramac" without the last.
         """
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"input has shape {tuple(x.shape)}, expected (N, 3, H, W)")
         if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
-            raise ValueError(
-                f"input is {x.shape[2]}x{x.shape[3]} pixels, expected at least {MIN_SIZE}x{MIN_SIZE}: pad or enlarge it"
-            )
+            size = f"{x.shape[2]}x{x.shape[3]}"
+            raise ValueError(f"input is {size} pixels, expected at least {MIN_SIZE}x{MIN_SIZE}: pad or enlarge it")
         detail = self.learning_to_downsample(x)  # (N, 64, H/8, W/8)
         context = self.global_feature_extractor(detail)  # (N, 128, H/32, W/32)
         outputs = [self.classifier(self.feature_fusion(detail, context))]  # (N, num_classes, H/8, W/8)
@@ -345,14 +326,21 @@ _PEERS = {
         (f"{_DOWN}.dsconv{{n}}.depthwise", f"{_DOWN}.dsconv{{n}}.conv.0", f"{_DOWN}.dsconv{{n}}.conv.1"),
         (f"{_DOWN}.dsconv{{n}}.pointwise", f"{_DOWN}.dsconv{{n}}.conv.3", f"{_DOWN}.dsconv{{n}}.conv.4"),
         *(
-            (f"{_GLOBAL}.bottleneck{{b}}.{{i}}.{layer}", *(f"{_GLOBAL}.bottleneck{{b}}.{{i}}.block.{at}" for at in places))
+            (
+                f"{_GLOBAL}.bottleneck{{b}}.{{i}}.{layer}",
+                *(f"{_GLOBAL}.bottleneck{{b}}.{{i}}.block.{at}" for at in places),
+            )
             for layer, places in (
                 ("expand", ("0.conv.0", "0.conv.1")),
                 ("depthwise", ("1.conv.0", "1.conv.1")),
                 ("project", "23"),
             )
         ),
-        (f"{_GLOBAL}.pyramid_pooling.reduce.{{k}}", f"{_GLOBAL}.ppm.conv{{l}}.conv.0", f"{_GLOBAL}.ppm.conv{{l}}.conv.1"),
+        (
+            f"{_GLOBAL}.pyramid_pooling.reduce.{{k}}",
+            f"{_GLOBAL}.ppm.conv{{l}}.conv.0",
+            f"{_GLOBAL}.ppm.conv{{l}}.conv.1",
+        ),
         (f"{_GLOBAL}.pyramid_pooling.project", f"{_GLOBAL}.ppm.out.conv.0", f"{_GLOBAL}.ppm.out.conv.1"),
         (f"{_FUSION}.depthwise", f"{_FUSION}.dwconv.conv.0", f"{_FUSION}.dwconv.conv.1"),
         (f"{_FUSION}.context", f"{_FUSION}.conv_lower_res.0", f"{_FUSION}.conv_lower_res.1"),
@@ -365,10 +353,21 @@ _PEERS = {
     ),
     "segmentron": (
         (f"{_DOWN}.conv", f"{_DOWN}.conv.conv", f"{_DOWN}.conv.bn"),
-        (f"{_DOWN}.dsconv{{n}}.depthwise", f"{_DOWN}.dsconv{{n}}.block.depthwise", f"{_DOWN}.dsconv{{n}}.block.bn_depth"),
-        (f"{_DOWN}.dsconv{{n}}.pointwise", f"{_DOWN}.dsconv{{n}}.block.pointwise", f"{_DOWN}.dsconv{{n}}.block.bn_point"),
+        (
+            f"{_DOWN}.dsconv{{n}}.depthwise",
+            f"{_DOWN}.dsconv{{n}}.block.depthwise",
+            f"{_DOWN}.dsconv{{n}}.block.bn_depth",
+        ),
+        (
+            f"{_DOWN}.dsconv{{n}}.pointwise",
+            f"{_DOWN}.dsconv{{n}}.block.pointwise",
+            f"{_DOWN}.dsconv{{n}}.block.bn_point",
+        ),
         *(
-            (f"{_GLOBAL}.bottleneck{{b}}.{{i}}.{layer}", *(f"{_GLOBAL}.bottleneck{{b}}.{{i}}.conv.{at}" for at in places))
+            (
+                f"{_GLOBAL}.bottleneck{{b}}.{{i}}.{layer}",
+                *(f"{_GLOBAL}.bottleneck{{b}}.{{i}}.conv.{at}" for at in places),
+            )
             for layer, places in (("expand", ("0.conv", "0.bn")), ("depthwise", ("1.conv", "1.bn")), ("project", "23"))
         ),
         (f"{_GLOBAL}.pyramid_pooling.reduce.{{k}}", f"{_GLOBAL}.ppm.convs.{{k}}.conv", f"{_GLOBAL}.ppm.convs.{{k}}.bn"),
@@ -376,8 +375,16 @@ _PEERS = {
         (f"{_FUSION}.depthwise", f"{_FUSION}.dwconv.conv", f"{_FUSION}.dwconv.bn"),
         (f"{_FUSION}.context", f"{_FUSION}.conv_lower_res.0", f"{_FUSION}.conv_lower_res.1"),
         (f"{_FUSION}.detail", f"{_FUSION}.conv_higher_res.0", f"{_FUSION}.conv_higher_res.1"),
-        ("classifier.dsconv{n}.depthwise", "classifier.dsconv{n}.block.depthwise", "classifier.dsconv{n}.block.bn_depth"),
-        ("classifier.dsconv{n}.pointwise", "classifier.dsconv{n}.block.pointwise", "classifier.dsconv{n}.block.bn_point"),
+        (
+            "classifier.dsconv{n}.depthwise",
+            "classifier.dsconv{n}.block.depthwise",
+            "classifier.dsconv{n}.block.bn_depth",
+        ),
+        (
+            "classifier.dsconv{n}.pointwise",
+            "classifier.dsconv{n}.block.pointwise",
+            "classifier.dsconv{n}.block.bn_point",
+        ),
         ("classifier", "classifier.conv.1", None),
         ("aux_detail.hidden", "auxlayer1.0", "auxlayer1.1"),
         ("aux_detail", "auxlayer1.4", None),
@@ -440,7 +447,9 @@ def _from_peer(tensors: dict[str, Tensor], path: str | os.PathLike) -> dict:
         with torch.device("meta"):
             whole = FastSCNN(1, variant=variant, aux=True)
         names = peer_names(whole, variant)
-        shapes = {names[name]: tensor.shape[1:] for name, tensor in whole.state_dict().items()}  # whatever the class count
+        shapes = {
+            names[name]: tensor.shape[1:] for name, tensor in whole.state_dict().items()
+        }  # whatever the class count
         fits.append((sum(name in tensors and tensors[name].shape[1:] == shapes[name] for name in shapes), variant))
     matching, variant = max(fits, key=lambda fit: fit[0])  # of equals the first
     if matching < 20:
@@ -468,7 +477,9 @@ def _from_peer(tensors: dict[str, Tensor], path: str | os.PathLike) -> dict:
             state[name] = theirs.to(empty.dtype)
     stray = sorted(tensors.keys() - set(names.values()))
     problems = (("lacks", missing), ("has other shapes:", misshapen), ("has besides", stray))
-    text = "; ".join(f"{what} {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}" for what, keys in problems if keys)
+    text = "; ".join(
+        f"{what} {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}" for what, keys in problems if keys
+    )
     if text:
         raise CheckpointError(f"{path}: looks like weights of {variant}, but {text}; take another file")
     return {"model": state, "model_args": args}
@@ -491,12 +502,18 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):  # a pipe would wait for who writes to it
-            what = "a folder; give the path of a .pth file in it" if stat.S_ISDIR(mode) else "no regular file; give a .pth file"
+            what = (
+                "a folder; give the path of a .pth file in it"
+                if stat.S_ISDIR(mode)
+                else "no regular file; give a .pth file"
+            )
             raise CheckpointError(f"{path}: is {what}")
         zipped = _check_archive(path)
         return _checked(torch.load(path, map_location="cpu", weights_only=True), zipped, path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such checkpoint; give the path of a .pth file that train.py wrote") from None
+        raise FileNotFoundError(
+            f"{path}: no such checkpoint; give the path of a .pth file that train.py wrote"
+        ) from None
     except (CheckpointError, PermissionError):
         raise
     except Exception as error:  # there is no kind of error that a damaged pickle cannot raise
@@ -505,7 +522,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
             raise CheckpointError(
                 f"{path}: would run {forbidden[1]} when it is read, and was not; save its state dict alone"
             ) from error
-        reason = "not the plain tensors of a checkpoint" if isinstance(error, pickle.UnpicklingError) else f"{error!r:.100}"
+        reason = (
+            "not the plain tensors of a checkpoint" if isinstance(error, pickle.UnpicklingError) else f"{error!r:.100}"
+        )
         reason = " ".join(reason.split())
         raise CheckpointError(f"{path}: damaged, truncated or no checkpoint ({reason}); take another file") from error
 
@@ -514,7 +533,9 @@ def _checked(checkpoint: object, zipped: bool, path: str | os.PathLike) -> dict:
     """What a file holds, if it is a checkpoint; one that is made of a peer's weights."""
     if isinstance(checkpoint, dict) and {"model", "model_args"} <= checkpoint.keys():
         if not zipped:
-            raise CheckpointError(f"{path}: is in torch's old format, which has no checksums; save it again with torch.save")
+            raise CheckpointError(
+                f"{path}: is in torch's old format, which has no checksums; save it again with torch.save"
+            )
         _check_entries(checkpoint, path)
         return checkpoint
     for wrapping in ("state_dict", "model"):
@@ -552,7 +573,9 @@ def _check_tensors(what: str, tensors: dict[str, Tensor], path: str | os.PathLik
         dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in _DTYPES
         # A tensor of strides 0 may be larger than the file that it came in.
         if not dense or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise CheckpointError(f"{path}: {what} holds {name:.60}, which is no dense tensor of numbers; take another file")
+            raise CheckpointError(
+                f"{path}: {what} holds {name:.60}, which is no dense tensor of numbers; take another file"
+            )
         finite = not tensor.is_floating_point() or tensor.float().isfinite().all()
         if not finite or (name.endswith("running_var") and (tensor < 0).any()):
             problem = "below 0" if finite else "no finite numbers"
@@ -654,7 +677,9 @@ def _check_entries(checkpoint: dict, path: str | os.PathLike) -> None:
                 f"{path}: entry {name} of type {type(checkpoint[name]).__name__}, expected {expected}; take another file"
             )
     if checkpoint.get("steps", 0) and checkpoint["steps"] >= checkpoint.get("steps_per_epoch", 0):
-        raise CheckpointError(f"{path}: has done {checkpoint['steps']} steps of an epoch, more than it has; take another file")
+        raise CheckpointError(
+            f"{path}: has done {checkpoint['steps']} steps of an epoch, more than it has; take another file"
+        )
     args, classes = checkpoint["model_args"], checkpoint.get("classes")
     types = {"num_classes": int, "variant": str, "aux": bool, "dropout": float}
     for name, value in args.items():
@@ -678,9 +703,13 @@ def _check_entries(checkpoint: dict, path: str | os.PathLike) -> None:
             raise _misfit(f"{len(differing)} entries differ, such as {differing[0]:.60}", path)
     count = len(checkpoint["model"]["classifier.conv.bias"])
     if classes is not None and len(classes["names"]) != count:
-        raise CheckpointError(f"{path}: names {len(classes['names'])} classes, but its network has {count}; take another file")
+        raise CheckpointError(
+            f"{path}: names {len(classes['names'])} classes, but its network has {count}; take another file"
+        )
     for each in checkpoint.get("optimizer", {}).get("state", {}).values():
-        _check_tensors("the optimiser", {name: value for name, value in each.items() if isinstance(value, Tensor)}, path)
+        _check_tensors(
+            "the optimiser", {name: value for name, value in each.items() if isinstance(value, Tensor)}, path
+        )
 
 
 def _misfit(error: Exception | str, path: str | os.PathLike) -> CheckpointError:
@@ -738,6 +767,8 @@ def save_for_peer(model: FastSCNN, path: str | os.PathLike, variant: str) -> Non
     """
     own = model.args["variant"]
     if variant not in _PEERS or variant != own:
-        raise ValueError(f"a network of variant {own!r} cannot be saved as {variant!r}: there it would compute something else")
+        raise ValueError(
+            f"a network of variant {own!r} cannot be saved as {variant!r}: there it would compute something else"
+        )
     names = peer_names(model, variant)
     torch.save({names[name]: tensor for name, tensor in model.state_dict().items()}, path)

@@ -108,14 +108,24 @@ def test_no_non_linearity_between_depthwise_and_pointwise():
 @pytest.mark.parametrize("size", [(9, 12), (45, 60), (5, 7), (4, 8)])
 def test_the_dilated_kernel_in_training_is_the_plain_convolution(size):
     torch.manual_seed(0)
-    fusion = FeatureFusion().double().train()
+    layer = FeatureFusion().double().train().depthwise
     x = torch.randn(2, 128, *size, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
-    inputs = [x, fusion.depthwise.conv.weight]
-    got, expected = fusion._spread(x), fusion.depthwise(x)
+    got, expected = layer(x), torch.nn.Sequential(*layer.children())(x)
     torch.testing.assert_close(got, expected)
-    direction = torch.randn_like(expected)
-    for mine, theirs in zip(torch.autograd.grad(got, inputs, direction), torch.autograd.grad(expected, inputs, direction)):
-        torch.testing.assert_close(mine, theirs)
+    direction, inputs = torch.randn_like(expected), [x, layer.conv.weight]
+    for mine, plain in zip(*(torch.autograd.grad(output, inputs, direction) for output in (got, expected))):
+        torch.testing.assert_close(mine, plain)
+
+
+def test_compilers_get_the_plain_dilated_convolution():
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch.compile(FeatureFusion().train(), backend=backend)(torch.randn(1, 64, 9, 12), torch.randn(1, 128, 3, 3))
+    assert len(graphs) == 1 and "(4, 4)" in graphs[0] and "unflatten" not in graphs[0]
 
 
 def test_mixed_precision_gradients_on_the_cpu_are_those_of_float32():
@@ -128,7 +138,9 @@ def test_mixed_precision_gradients_on_the_cpu_are_those_of_float32():
     for enabled in (False, True, True, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             output = fusion(detail, context).float()
-        leftovers = [torch.full((n,), math.nan) for n in (100, 1000, 4000, 10**4, 10**5, 10**6, 10**7) for _ in range(6)]
+        leftovers = [
+            torch.full((n,), math.nan) for n in (100, 1000, 4000, 10**4, 10**5, 10**6, 10**7) for _ in range(6)
+        ]
         del leftovers
         gradients += torch.autograd.grad((output * torch.linspace(-1, 1, 46)).sum(), fusion.depthwise.conv.weight)
     for gradient in gradients[1:]:
@@ -299,7 +311,6 @@ TRAINING = {
         {"model_args": {"num_classes": 10**12}},
         {"model_args": {"num_classes": -1}},
         {"model_args": {"num_classes": 3, "variant": ["paper"]}},
-        {"model_args": {"num_classes": 3, "dropout": math.nan}},
         {"model_args": {"num_classes": 3, "dropout": "0.1"}},
         {"model_args": {"num_classes": 3, "aux": "no"}},
         {"classes": None},
@@ -357,7 +368,11 @@ def test_entries_of_wrong_types_are_refused_in_one_line(tmp_path, changes):
     [
         ("classifier.conv.bias", torch.tensor([0, math.nan, 0]), "no finite numbers"),
         ("classifier.conv.bias", torch.tensor([0, math.inf, 0]), "no finite numbers"),
-        ("classifier.conv.bias", torch.tensor([0, 1e300, 0], dtype=torch.float64), "no finite numbers"),  # infinite in float32
+        (
+            "classifier.conv.bias",
+            torch.tensor([0, 1e300, 0], dtype=torch.float64),
+            "no finite numbers",
+        ),  # infinite in float32
         ("classifier.conv.bias", torch.zeros(3, dtype=torch.int64), "does not fit"),
         ("classifier.conv.bias", torch.zeros(3, dtype=torch.complex64), "no dense tensor"),
         ("classifier.conv.bias", torch.zeros(3, dtype=torch.bool), "no dense tensor"),
@@ -380,9 +395,3 @@ def test_weights_of_others_that_are_no_finite_numbers_are_refused(tmp_path):
     torch.save({"state_dict": {"weight": torch.tensor([math.nan])}}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=r"x.pth: it holds weight with values that are no finite numbers"):
         load_weights(tmp_path / "x.pth")
-
-
-def test_a_dropout_that_is_no_probability_is_refused():
-    for dropout in (math.nan, -0.1, 1.1):
-        with pytest.raises(ValueError, match=f"dropout is {dropout}, expected a probability"):
-            FastSCNN(3, dropout=dropout)
