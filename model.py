@@ -1,28 +1,28 @@
 """Fast-SCNN: Fast Semantic Segmentation Network (Poudel, Liwicki, Cipolla, 2019, arXiv 1902.04502).
 
-    model = FastSCNN(num_classes=19).eval()
-    logits = model(images)              # (N, 3, H, W) normalised RGB -> (N, 19, H, W), any H, W >= 32
-    model = load_weights("theirs.pth")  # this project's checkpoints, and those of three others
+This file needs torch alone and can be copied into another project:
 
-This file needs torch alone, and may be copied into another project as it is. From top to bottom: the layers, the paper's
-four stages (learning to downsample, global feature extractor, feature fusion, classifier), the network, its checkpoints.
+    model = load_weights("best_model.pth")  # or FastSCNN(num_classes=19).eval()
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    images = torch.randint(0, 256, (1, 3, 360, 480))  # (N, 3, H, W), RGB from 0 to 255, any H, W >= 32
+    labels = model((images / 255 - mean) / std).argmax(1)  # (N, H, W)
 
-Where the paper is silent, this is what was chosen:
+From top to bottom: layers, the paper's four stages, the network, checkpoints, weights of other projects.
+
+Where the paper is silent:
   - padding 1 in every 3x3 convolution, so that a stride of 2 gives ceil(size / 2) at any size;
-  - no bias in a convolution that batch normalisation follows; the layer that gives the logits has one;
-  - bilinear resizing with align_corners=False, always to the size that is needed rather than by a fixed factor;
-  - batch normalisation also between the depthwise and the pointwise convolution of a DSConv, but no non-linearity there;
-  - PyTorch's own initialisation of weights and momentum (0.1) of batch normalisation.
+  - no bias in a convolution that batch normalisation follows;
+  - bilinear resizing with align_corners=False, to the size that is needed rather than by a fixed factor;
+  - batch normalisation also between the depthwise and the pointwise convolution of a DSConv;
+  - PyTorch's initialisation of weights and momentum (0.1) of batch normalisation.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import os
-import pickle
 import re
-import stat
+import textwrap
 import zipfile
 from dataclasses import dataclass
 
@@ -46,35 +46,28 @@ class Variant:
     aux_context: bool = True  # whether there is a second auxiliary head
 
 
-_SEGMENTRON = {"stem_padding": 0, "depthwise_relu": True, "relu6": True, "fusion_kernel": 1, "fusion_dilation": 1}
+_OLDER = {"stem_padding": 0, "depthwise_relu": True, "fusion_dilation": 1}
+# The paper's network; those of Tramac/Fast-SCNN-pytorch, LikeLy-Journey/SegmenTron (also Ascend/ModelZoo-PyTorch), and
+# open-mmlab/mmsegmentation since its pull request 606 and before it.
 VARIANTS = {
     "paper": Variant(),
-    # Tramac/Fast-SCNN-pytorch
-    "tramac": Variant(
-        stem_padding=0, depthwise_relu=True, fusion_dilation=1, fusion_bias=True, align_corners=True, aux_context=False
-    ),
-    # LikeLy-Journey/SegmenTron and its port Ascend/ModelZoo-PyTorch
-    "segmentron": Variant(**_SEGMENTRON, fusion_bias=True, align_corners=True),
-    # open-mmlab/mmsegmentation, since its pull request 606 and before
+    "tramac": Variant(**_OLDER, fusion_bias=True, align_corners=True, aux_context=False),
+    "segmentron": Variant(**_OLDER, relu6=True, fusion_kernel=1, fusion_bias=True, align_corners=True),
     "mmseg": Variant(pyramid_kernel=3, fusion_dilation=1),
-    "mmseg-old": Variant(**_SEGMENTRON),
+    "mmseg-old": Variant(**_OLDER, relu6=True, fusion_kernel=1),
 }
 MIN_SIZE = 32  # pixels; the smallest side that still leaves one pixel at 1/32 of the resolution
 
 
 class CheckpointError(ValueError):
-    """A file that is not a checkpoint of this network, or not one that fits; the message names the file and a remedy."""
-
-
-# ---------------------------------------------------------------------------------------------------------------- layers
+    """A file that is not a checkpoint of this network, or does not fit; the message names the file and what to do."""
 
 
 class ConvBN(nn.Sequential):
-    """Convolution, batch normalisation, ReLU.
+    """Convolution, batch normalisation, ReLU. (nn.Sequential runs its attributes in the order of their assignment.)
 
-    Args:
-        relu: the class of the non-linearity, None for none.
-        options: of nn.Conv2d. The default padding gives ceil(size / stride); there is no bias by default.
+    relu: the class of the non-linearity, None for none. options: of nn.Conv2d; by default the padding gives
+    ceil(size / stride), and there is no bias.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, *, relu=nn.ReLU, **options):
@@ -90,9 +83,9 @@ class DilatedConvBN(ConvBN):
     """ConvBN of a dilated depthwise 3x3 convolution, which is computed without dilation in training on the CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # oneDNN's gradient of a dilated depthwise kernel takes ten times as long as that of a plain one, and in bfloat16 is
-        # wrong, at times NaN (seen in its 3.13). A dilation of d is the plain kernel on each of the d x d images made of
-        # every d-th pixel of every d-th row. torch.compile fails on these reshapes at a second size, and gets the original.
+        # oneDNN's gradient of a dilated depthwise kernel takes ten times as long as that of a plain one and is wrong in
+        # bfloat16 (seen in its 3.13). So the plain kernel runs on the d x d images made of every d-th pixel of every
+        # d-th row. torch.compile fails on these reshapes at a second size, and keeps the dilated kernel.
         conv, d = self.conv, self.conv.dilation[0]
         differentiated = self.training or (torch.is_autocast_enabled("cpu") and torch.is_grad_enabled())
         if d == 1 or x.device.type != "cpu" or not differentiated or torch.compiler.is_compiling():
@@ -138,6 +131,11 @@ def bottlenecks(in_channels: int, out_channels: int, stride: int, *, relu6: bool
     return nn.Sequential(first, *(Bottleneck(out_channels, out_channels, relu6=relu6) for _ in range(2)))
 
 
+def resize(x: Tensor, like: Tensor, align_corners: bool = False) -> Tensor:
+    """Bilinear resizing of (N, C, h, w) to the height and width of `like`."""
+    return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=align_corners)
+
+
 def pooling_matrix(size: int, bins: tuple[int, ...], like: Tensor) -> Tensor:
     """`F.adaptive_avg_pool1d` to each of `bins` as one matrix, (sum(bins), size).
 
@@ -161,11 +159,11 @@ class PyramidPooling(nn.Module):
 
     bins = (1, 2, 3, 6)
 
-    def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int = 1, align_corners: bool = False):
+    def __init__(self, in_channels: int, out_channels: int, variant: Variant = VARIANTS["paper"]):
         super().__init__()
         self.reduce = nn.ModuleList(ConvBN(in_channels, in_channels // len(self.bins)) for _ in self.bins)
-        self.project = ConvBN(in_channels * 2, out_channels, kernel_size)
-        self.align_corners = align_corners
+        self.project = ConvBN(in_channels * 2, out_channels, variant.pyramid_kernel)
+        self.align_corners = variant.align_corners
 
     def pool(self, x: Tensor) -> list[Tensor]:
         """(N, C, H, W) -> one (N, C, n, n) per n of `bins`."""
@@ -180,15 +178,7 @@ class PyramidPooling(nn.Module):
         return self.project(torch.cat([x, *levels], dim=1))
 
 
-def resize(x: Tensor, like: Tensor, align_corners: bool = False) -> Tensor:
-    """Bilinear resizing of (N, C, h, w) to the height and width of `like`."""
-    return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=align_corners)
-
-
-# -------------------------------------------------------------------------------------------------------- the four stages
-
-
-class LearningToDownsample(nn.Module):
+class LearningToDownsample(nn.Sequential):
     """Section 3.2.1: three layers of stride 2. (N, 3, H, W) -> (N, 64, H/8, W/8)."""
 
     def __init__(self, variant: Variant = VARIANTS["paper"]):
@@ -197,11 +187,8 @@ class LearningToDownsample(nn.Module):
         self.dsconv1 = DSConv(32, 48, stride=2, depthwise_relu=variant.depthwise_relu)
         self.dsconv2 = DSConv(48, 64, stride=2, depthwise_relu=variant.depthwise_relu)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dsconv2(self.dsconv1(self.conv(x)))
 
-
-class GlobalFeatureExtractor(nn.Module):
+class GlobalFeatureExtractor(nn.Sequential):
     """Section 3.2.2: bottlenecks and pyramid pooling. (N, 64, H/8, W/8) -> (N, 128, H/32, W/32)."""
 
     def __init__(self, variant: Variant = VARIANTS["paper"]):
@@ -209,12 +196,7 @@ class GlobalFeatureExtractor(nn.Module):
         self.bottleneck1 = bottlenecks(64, 64, stride=2, relu6=variant.relu6)
         self.bottleneck2 = bottlenecks(64, 96, stride=2, relu6=variant.relu6)
         self.bottleneck3 = bottlenecks(96, 128, stride=1, relu6=variant.relu6)
-        self.pyramid_pooling = PyramidPooling(
-            128, 128, kernel_size=variant.pyramid_kernel, align_corners=variant.align_corners
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pyramid_pooling(self.bottleneck3(self.bottleneck2(self.bottleneck1(x))))
+        self.pyramid_pooling = PyramidPooling(128, 128, variant)
 
 
 class FeatureFusion(nn.Module):
@@ -235,7 +217,7 @@ class FeatureFusion(nn.Module):
         return F.relu(self.detail(detail) + context)
 
 
-class Classifier(nn.Module):
+class Classifier(nn.Sequential):
     """Section 3.2.4: (N, 128, H/8, W/8) -> (N, num_classes, H/8, W/8) logits. Softmax is left to the loss."""
 
     def __init__(self, num_classes: int, dropout: float, variant: Variant = VARIANTS["paper"]):
@@ -244,9 +226,6 @@ class Classifier(nn.Module):
         self.dsconv2 = DSConv(128, 128, depthwise_relu=variant.depthwise_relu)
         self.dropout = nn.Dropout(dropout)
         self.conv = nn.Conv2d(128, num_classes, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.dropout(self.dsconv2(self.dsconv1(x))))
 
 
 class AuxiliaryHead(nn.Sequential):
@@ -259,17 +238,13 @@ class AuxiliaryHead(nn.Sequential):
         self.conv = nn.Conv2d(32, num_classes, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------ the network
-
-
 class FastSCNN(nn.Module):
     """Fast-SCNN (table 1).
 
     Args:
         num_classes: number of classes, each one output channel.
-        variant: one of VARIANTS; "paper" is the network of the paper's tables, the others are those of published weights.
-        aux: also build the two auxiliary heads, on the outputs of learning to downsample (1/8) and of the global
-            feature extractor (1/32); "tramac" has the first alone.
+        variant: one of VARIANTS; "paper" is the network of the paper, the others are those of published weights.
+        aux: build the auxiliary heads too, after learning to downsample and after the global feature extractor.
         dropout: probability before the last layer of each head.
     """
 
@@ -288,19 +263,12 @@ class FastSCNN(nn.Module):
         self.align_corners = choice.align_corners
 
     def forward(self, x: Tensor, upsample: bool = True) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Class scores (logits) of a batch of images.
+        """(N, 3, H, W) normalised RGB, H and W >= 32 -> (N, num_classes, H, W) logits.
 
-        Args:
-            x: (N, 3, H, W) floating point RGB, normalised; any H, W >= 32.
-            upsample: return logits at the size of the input, else at 1/8 of it.
-
-        Returns:
-            (N, num_classes, H, W), or (N, num_classes, ceil(H/8), ceil(W/8)) with `upsample=False`; variants without
-            padding in the first convolution: ceil((H - 2)/8), ceil((W - 2)/8).
-            In training mode with aux=True a tuple (main, auxiliary at 1/8, auxiliary at 1/32), "tramac" without the last.
+        With `upsample=False` they are (N, num_classes, ceil(H/8), ceil(W/8)), of H - 2 and W - 2 where the variant has
+        no padding in its first convolution. In training mode with aux=True the result is a tuple: main, auxiliary at
+        1/8, auxiliary at 1/32 (not of "tramac").
         """
-        if x.ndim != 4 or x.shape[1] != 3:
-            raise ValueError(f"input has shape {tuple(x.shape)}, expected (N, 3, H, W)")
         if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
             size = f"{x.shape[2]}x{x.shape[3]}"
             raise ValueError(f"input is {size} pixels, expected at least {MIN_SIZE}x{MIN_SIZE}: pad or enlarge it")
@@ -315,460 +283,159 @@ class FastSCNN(nn.Module):
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-# ---------------------------------------------------------------------------------------------------------- peers' weights
-
-# What the layers are called here, and in the peers' files their convolution and their batch normalisation, where there is one.
-# {n} counts 1, 2; {m} the same from 0; {b} counts 1 to 3; {i} 0 to 2; {k} 0 to 3; {l} the same from 1.
-_DOWN, _GLOBAL, _FUSION = "learning_to_downsample", "global_feature_extractor", "feature_fusion"
-_PEERS = {
-    "tramac": (
-        (f"{_DOWN}.conv", f"{_DOWN}.conv.conv.0", f"{_DOWN}.conv.conv.1"),
-        (f"{_DOWN}.dsconv{{n}}.depthwise", f"{_DOWN}.dsconv{{n}}.conv.0", f"{_DOWN}.dsconv{{n}}.conv.1"),
-        (f"{_DOWN}.dsconv{{n}}.pointwise", f"{_DOWN}.dsconv{{n}}.conv.3", f"{_DOWN}.dsconv{{n}}.conv.4"),
-        *(
-            (
-                f"{_GLOBAL}.bottleneck{{b}}.{{i}}.{layer}",
-                *(f"{_GLOBAL}.bottleneck{{b}}.{{i}}.block.{at}" for at in places),
-            )
-            for layer, places in (
-                ("expand", ("0.conv.0", "0.conv.1")),
-                ("depthwise", ("1.conv.0", "1.conv.1")),
-                ("project", "23"),
-            )
-        ),
-        (
-            f"{_GLOBAL}.pyramid_pooling.reduce.{{k}}",
-            f"{_GLOBAL}.ppm.conv{{l}}.conv.0",
-            f"{_GLOBAL}.ppm.conv{{l}}.conv.1",
-        ),
-        (f"{_GLOBAL}.pyramid_pooling.project", f"{_GLOBAL}.ppm.out.conv.0", f"{_GLOBAL}.ppm.out.conv.1"),
-        (f"{_FUSION}.depthwise", f"{_FUSION}.dwconv.conv.0", f"{_FUSION}.dwconv.conv.1"),
-        (f"{_FUSION}.context", f"{_FUSION}.conv_lower_res.0", f"{_FUSION}.conv_lower_res.1"),
-        (f"{_FUSION}.detail", f"{_FUSION}.conv_higher_res.0", f"{_FUSION}.conv_higher_res.1"),
-        ("classifier.dsconv{n}.depthwise", "classifier.dsconv{n}.conv.0", "classifier.dsconv{n}.conv.1"),
-        ("classifier.dsconv{n}.pointwise", "classifier.dsconv{n}.conv.3", "classifier.dsconv{n}.conv.4"),
-        ("classifier", "classifier.conv.1", None),
-        ("aux_detail.hidden", "auxlayer.0", "auxlayer.1"),
-        ("aux_detail", "auxlayer.4", None),
-    ),
-    "segmentron": (
-        (f"{_DOWN}.conv", f"{_DOWN}.conv.conv", f"{_DOWN}.conv.bn"),
-        (
-            f"{_DOWN}.dsconv{{n}}.depthwise",
-            f"{_DOWN}.dsconv{{n}}.block.depthwise",
-            f"{_DOWN}.dsconv{{n}}.block.bn_depth",
-        ),
-        (
-            f"{_DOWN}.dsconv{{n}}.pointwise",
-            f"{_DOWN}.dsconv{{n}}.block.pointwise",
-            f"{_DOWN}.dsconv{{n}}.block.bn_point",
-        ),
-        *(
-            (
-                f"{_GLOBAL}.bottleneck{{b}}.{{i}}.{layer}",
-                *(f"{_GLOBAL}.bottleneck{{b}}.{{i}}.conv.{at}" for at in places),
-            )
-            for layer, places in (("expand", ("0.conv", "0.bn")), ("depthwise", ("1.conv", "1.bn")), ("project", "23"))
-        ),
-        (f"{_GLOBAL}.pyramid_pooling.reduce.{{k}}", f"{_GLOBAL}.ppm.convs.{{k}}.conv", f"{_GLOBAL}.ppm.convs.{{k}}.bn"),
-        (f"{_GLOBAL}.pyramid_pooling.project", f"{_GLOBAL}.out.conv", f"{_GLOBAL}.out.bn"),
-        (f"{_FUSION}.depthwise", f"{_FUSION}.dwconv.conv", f"{_FUSION}.dwconv.bn"),
-        (f"{_FUSION}.context", f"{_FUSION}.conv_lower_res.0", f"{_FUSION}.conv_lower_res.1"),
-        (f"{_FUSION}.detail", f"{_FUSION}.conv_higher_res.0", f"{_FUSION}.conv_higher_res.1"),
-        (
-            "classifier.dsconv{n}.depthwise",
-            "classifier.dsconv{n}.block.depthwise",
-            "classifier.dsconv{n}.block.bn_depth",
-        ),
-        (
-            "classifier.dsconv{n}.pointwise",
-            "classifier.dsconv{n}.block.pointwise",
-            "classifier.dsconv{n}.block.bn_point",
-        ),
-        ("classifier", "classifier.conv.1", None),
-        ("aux_detail.hidden", "auxlayer1.0", "auxlayer1.1"),
-        ("aux_detail", "auxlayer1.4", None),
-        ("aux_context.hidden", "auxlayer2.0", "auxlayer2.1"),
-        ("aux_context", "auxlayer2.4", None),
-    ),
-    "mmseg": (
-        *(
-            (ours, f"{theirs}.conv", f"{theirs}.bn")
-            for ours, theirs in (
-                (f"{_DOWN}.conv", f"backbone.{_DOWN}.conv"),
-                (f"{_DOWN}.dsconv{{n}}.depthwise", f"backbone.{_DOWN}.dsconv{{n}}.depthwise_conv"),
-                (f"{_DOWN}.dsconv{{n}}.pointwise", f"backbone.{_DOWN}.dsconv{{n}}.pointwise_conv"),
-                (f"{_GLOBAL}.bottleneck{{b}}.{{i}}.expand", f"backbone.{_GLOBAL}.bottleneck{{b}}.{{i}}.conv.0"),
-                (f"{_GLOBAL}.bottleneck{{b}}.{{i}}.depthwise", f"backbone.{_GLOBAL}.bottleneck{{b}}.{{i}}.conv.1"),
-                (f"{_GLOBAL}.bottleneck{{b}}.{{i}}.project", f"backbone.{_GLOBAL}.bottleneck{{b}}.{{i}}.conv.2"),
-                (f"{_GLOBAL}.pyramid_pooling.reduce.{{k}}", f"backbone.{_GLOBAL}.ppm.{{k}}.1"),
-                (f"{_GLOBAL}.pyramid_pooling.project", f"backbone.{_GLOBAL}.out"),
-                (f"{_FUSION}.depthwise", f"backbone.{_FUSION}.dwconv"),
-                (f"{_FUSION}.context", f"backbone.{_FUSION}.conv_lower_res"),
-                (f"{_FUSION}.detail", f"backbone.{_FUSION}.conv_higher_res"),
-                ("classifier.dsconv{n}.depthwise", "decode_head.convs.{m}.depthwise_conv"),
-                ("classifier.dsconv{n}.pointwise", "decode_head.convs.{m}.pointwise_conv"),
-                ("aux_context.hidden", "auxiliary_head.0.convs.0"),
-                ("aux_detail.hidden", "auxiliary_head.1.convs.0"),
-            )
-        ),
-        ("classifier", "decode_head.conv_seg", None),
-        ("aux_context", "auxiliary_head.0.conv_seg", None),
-        ("aux_detail", "auxiliary_head.1.conv_seg", None),
-    ),
-}
-_PEERS["mmseg-old"] = _PEERS["mmseg"]
+# ---------------------------------------------------------------------------------------------------- checkpoints
 
 
-def peer_names(model: FastSCNN, variant: str) -> dict[str, str]:
-    """What each entry of the network's state dict is called in the files of the peer that a variant is named after."""
-    folders = {}
-    for ours, conv, bn in _PEERS[variant]:
-        for n, b, i, k in itertools.product((1, 2), (1, 2, 3), (0, 1, 2), (0, 1, 2, 3)):
-            counts = {"n": n, "m": n - 1, "b": b, "i": i, "k": k, "l": k + 1}
-            folders[f"{ours}.conv.".format(**counts)] = f"{conv}.".format(**counts)
-            folders[f"{ours}.bn.".format(**counts)] = f"{bn}.".format(**counts)
-    names = {}
-    for name in model.state_dict():
-        folder, _, kind = name.rpartition(".")
-        names[name] = folders[f"{folder}."] + kind
-    return names
+class _ForeignObject:
+    """Stands in for the classes and functions that a file names and PyTorch does not allow; it does nothing."""
 
+    def __init__(self, *_args):
+        pass
 
-def _from_peer(tensors: dict[str, Tensor], path: str | os.PathLike) -> dict:
-    """A checkpoint as train.py saves it, out of a peer's state dict, recognised by its names and shapes.
-
-    Raises:
-        CheckpointError: names or shapes that are nobody's, or that do not all fit.
-    """
-    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    fits = []
-    for variant in _PEERS:
-        with torch.device("meta"):
-            whole = FastSCNN(1, variant=variant, aux=True)
-        names = peer_names(whole, variant)
-        shapes = {
-            names[name]: tensor.shape[1:] for name, tensor in whole.state_dict().items()
-        }  # whatever the class count
-        fits.append((sum(name in tensors and tensors[name].shape[1:] == shapes[name] for name in shapes), variant))
-    matching, variant = max(fits, key=lambda fit: fit[0])  # of equals the first
-    if matching < 20:
-        some = ", ".join(list(tensors)[:4])
-        raise CheckpointError(
-            f"{path}: holds {some or 'nothing'}, expected the entries model and model_args that train.py saves, or the weights "
-            f"of {', '.join(_PEERS)}"
-        )
-    head = next((name for name in ("classifier.conv.1.weight", "decode_head.conv_seg.weight") if name in tensors), None)
-    aux = any(name.startswith(("auxlayer", "auxiliary_head")) for name in tensors)
-    args = {"num_classes": len(tensors[head]) if head else 1, "variant": variant, "aux": aux, "dropout": 0.1}
-    with torch.device("meta"):
-        model = FastSCNN(**args)
-    names, state = peer_names(model, variant), {}
-    missing, misshapen = [], []
-    for name, empty in model.state_dict().items():
-        theirs = tensors.get(names[name])
-        if theirs is None and name.endswith((".conv.bias", ".num_batches_tracked")):
-            theirs = torch.zeros(empty.shape, dtype=empty.dtype)  # without a bias is with one of 0
-        if theirs is None:
-            missing.append(names[name])
-        elif theirs.shape != empty.shape:
-            misshapen.append(f"{names[name]} {tuple(theirs.shape)}, expected {tuple(empty.shape)}")
-        else:
-            state[name] = theirs.to(empty.dtype)
-    stray = sorted(tensors.keys() - set(names.values()))
-    problems = (("lacks", missing), ("has other shapes:", misshapen), ("has besides", stray))
-    text = "; ".join(
-        f"{what} {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}" for what, keys in problems if keys
-    )
-    if text:
-        raise CheckpointError(f"{path}: looks like weights of {variant}, but {text}; take another file")
-    return {"model": state, "model_args": args}
-
-
-# ------------------------------------------------------------------------------------------------------------ checkpoints
+    __setstate__ = __init__
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
-    """The dict that train.py saved at `path`, on the CPU, without unpickling code.
+    """Reads what train.py saved, on the CPU and without running code that the file names.
 
-    Its checksums are right, `model` (and `trained`, where it is there) fits `model_args` and is finite, and the entries that
-    train.py and eval.py read are of the types that they expect.
+    The dict holds `model` (a state dict), `model_args` (the arguments of FastSCNN) and what train.py saved beside them.
+    A bare state dict, and a file of another project, becomes a dict of these two.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        PermissionError: it may not be read.
-        CheckpointError: the file is truncated, damaged, not a checkpoint, or a checkpoint of something else.
+    Raises FileNotFoundError, or CheckpointError for a file that is damaged, something else, or not finite.
     """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file; give the path of a checkpoint (.pth)")
     try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):  # a pipe would wait for who writes to it
-            what = (
-                "a folder; give the path of a .pth file in it"
-                if stat.S_ISDIR(mode)
-                else "no regular file; give a .pth file"
-            )
-            raise CheckpointError(f"{path}: is {what}")
-        zipped = _check_archive(path)
-        return _checked(torch.load(path, map_location="cpu", weights_only=True), zipped, path)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: no such checkpoint; give the path of a .pth file that train.py wrote"
-        ) from None
-    except (CheckpointError, PermissionError):
-        raise
-    except Exception as error:  # there is no kind of error that a damaged pickle cannot raise
-        forbidden = re.search(r"GLOBAL ([\w.]+\w)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and forbidden:  # weights are plain tensors and numbers
-            raise CheckpointError(
-                f"{path}: would run {forbidden[1]} when it is read, and was not; save its state dict alone"
-            ) from error
-        reason = (
-            "not the plain tensors of a checkpoint" if isinstance(error, pickle.UnpicklingError) else f"{error!r:.100}"
-        )
-        reason = " ".join(reason.split())
-        raise CheckpointError(f"{path}: damaged, truncated or no checkpoint ({reason}); take another file") from error
-
-
-def _checked(checkpoint: object, zipped: bool, path: str | os.PathLike) -> dict:
-    """What a file holds, if it is a checkpoint; one that is made of a peer's weights."""
-    if isinstance(checkpoint, dict) and {"model", "model_args"} <= checkpoint.keys():
-        if not zipped:
-            raise CheckpointError(
-                f"{path}: is in torch's old format, which has no checksums; save it again with torch.save"
-            )
-        _check_entries(checkpoint, path)
-        return checkpoint
-    for wrapping in ("state_dict", "model"):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapping), dict):
-            checkpoint = checkpoint[wrapping]
+        foreign = []
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch.load does not compare checksums
+                    raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(_ForeignObject, name) for name in foreign]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling damaged data can raise any exception
+        cause = (str(error) or repr(error)).split("\n\n")[-2:][0]  # torch.load ends with a paragraph of advice
+        reason = textwrap.shorten(cause.rpartition("WeightsUnpickler error:")[2], 150, placeholder=" ...")
+        raise CheckpointError(f"{path}: damaged, truncated or not a checkpoint ({reason}); take another file") from None
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path}: holds {type(checkpoint).__name__}, expected a checkpoint or a state dict")
-    tensors = {str(name): value for name, value in checkpoint.items() if isinstance(value, Tensor)}
-    _check_tensors("it", tensors, path)
-    return _from_peer(tensors, path)
+        raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}; save the network's state dict instead")
+    if "model_args" not in checkpoint or not isinstance(checkpoint.get("model"), dict):
+        checkpoint = _from_state_dict(_find_state_dict(checkpoint), path)
+    for name, tensor in checkpoint["model"].items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {name} has values that are not finite; take an earlier checkpoint")
+    return checkpoint
 
 
-def _check_archive(path: str | os.PathLike) -> bool:
-    """Whether a file is a zip archive, as torch.save writes it; its checksums, which torch.load leaves out, are compared.
-
-    Raises CheckpointError, and what zipfile raises, for one that is damaged or takes more memory than its own size.
-    """
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        size = sum(entry.file_size for entry in entries)
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or size > os.path.getsize(path):
-            raise CheckpointError(f"{path}: is compressed, which torch.save never does; take another file")
-        if len({entry.filename for entry in entries}) < len(entries):
-            raise zipfile.BadZipFile("two entries of one name")
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-    return True
-
-
-def _check_tensors(what: str, tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
-    """Raises CheckpointError for a tensor that is not dense, or holds what is no finite number in float32."""
-    for name, tensor in tensors.items():
-        dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in _DTYPES
-        # A tensor of strides 0 may be larger than the file that it came in.
-        if not dense or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise CheckpointError(
-                f"{path}: {what} holds {name:.60}, which is no dense tensor of numbers; take another file"
-            )
-        finite = not tensor.is_floating_point() or tensor.float().isfinite().all()
-        if not finite or (name.endswith("running_var") and (tensor < 0).any()):
-            problem = "below 0" if finite else "no finite numbers"
-            raise CheckpointError(f"{path}: {what} holds {name:.60} with values that are {problem}; take another file")
-
-
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32)
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_dict(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
-
-
-def _is_state(value: object) -> bool:
-    return _is_dict(value) and all(isinstance(each, Tensor) for each in value.values())
-
-
-def _are_classes(value: object) -> bool:
-    """Whether a dict holds the fields of data.Classes."""
-    if not _is_dict(value) or not all(isinstance(value.get(key), list) for key in ("names", "colours", "categories")):
-        return False
-    texts = [*value["names"], *value["categories"]]
-    return (
-        all(isinstance(text, str) and text.isprintable() for text in texts)
-        and len(value["colours"]) == len(value["names"])
-        and len(value["categories"]) in (0, len(value["names"]))
-        and all(isinstance(colour, list) and len(colour) == 3 for colour in value["colours"])
-        and all(type(level) is int and 0 <= level <= 255 for colour in value["colours"] for level in colour)
-    )
-
-
-def _is_optimizer_state(value: object) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("state"), dict):
-        return False
-    numbered = all(type(key) is int and _is_dict(each) for key, each in value["state"].items())
-    return numbered and isinstance(value.get("param_groups"), list)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**31
-
-
-def _is_tally(value: object) -> bool:
-    """Whether a dict holds what train.py counts between two lines of its log."""
-    if not _is_dict(value) or not _is_count(value.get("steps")):
-        return False
-    sums, skipped = value.get("loss_sums"), value.get("skipped")
-    return (
-        isinstance(sums, Tensor)
-        and sums.ndim == 1
-        and sums.is_floating_point()
-        and isinstance(skipped, Tensor)
-        and skipped.dtype == torch.int64
-        and skipped.shape == (4,)
-    )
-
-
-def _is_scaler_state(value: object) -> bool:
-    """Whether a dict is what torch.amp.GradScaler saves, which is nothing where it is off."""
-    keys = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
-    return value == {} or (_is_dict(value) and value.keys() == keys and all(map(_is_number, value.values())))
-
-
-def _are_flags(value: object) -> bool:
-    """Whether a dict holds of train.py's flags those that resuming looks at."""
-    texts = _is_dict(value) and isinstance(value.get("data"), str) and isinstance(value.get("amp", ""), str)
-    return texts and _is_count(value.get("epochs")) and value["epochs"] > 0
-
-
-# What each entry of a checkpoint has to be, in words and as a test; all but the first two may be missing.
-_ENTRIES = {
-    "model": ("a state dict", _is_state),
-    "model_args": ("the arguments of FastSCNN", _is_dict),
-    "trained": ("a state dict", _is_state),
-    "classes": ("names, an RGB for each, and categories", _are_classes),
-    "epoch": ("a number of epochs", _is_count),
-    "steps": ("a number of steps", _is_count),
-    "steps_per_epoch": ("a number of steps", lambda value: _is_count(value) and value > 0),
-    "launches": ("names", lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value)),
-    "world_size": ("a number of processes", lambda value: _is_count(value) and value > 0),
-    "tally": ("sums of losses and counts of steps", _is_tally),
-    "optimizer": ("an optimiser's state", _is_optimizer_state),
-    "scaler": ("the state of a GradScaler", _is_scaler_state),
-    "best_miou": ("a number", _is_number),
-    "validated": ("true or false", lambda value: isinstance(value, bool)),
-    "args": ("the flags of a training run", _are_flags),
-}
-
-
-def _check_entries(checkpoint: dict, path: str | os.PathLike) -> None:
-    """Raises CheckpointError where an own checkpoint holds what nobody saved there."""
-    for name, (expected, fits) in _ENTRIES.items():
-        if name in checkpoint and not fits(checkpoint[name]):
-            raise CheckpointError(
-                f"{path}: entry {name} of type {type(checkpoint[name]).__name__}, expected {expected}; take another file"
-            )
-    if checkpoint.get("steps", 0) and checkpoint["steps"] >= checkpoint.get("steps_per_epoch", 0):
-        raise CheckpointError(
-            f"{path}: has done {checkpoint['steps']} steps of an epoch, more than it has; take another file"
-        )
-    args, classes = checkpoint["model_args"], checkpoint.get("classes")
-    types = {"num_classes": int, "variant": str, "aux": bool, "dropout": float}
-    for name, value in args.items():
-        if name in types and type(value) is not types[name] and not (name == "dropout" and type(value) is int):
-            kind = f"{type(value).__name__}, expected {types[name].__name__}"
-            raise CheckpointError(f"{path}: does not fit this network ({name} is of type {kind}); take another file")
-
-    def kind(tensor: Tensor) -> tuple:
-        return tuple(tensor.shape), tensor.is_floating_point()
-
-    states = [checkpoint["model"], *([checkpoint["trained"]] if "trained" in checkpoint else [])]
-    for state in states:
-        _check_tensors("the network", state, path)
-        try:
-            with torch.device("meta"):  # sizes alone: whatever model_args say, nothing larger than the file is made
-                wanted = {name: kind(tensor) for name, tensor in FastSCNN(**args).state_dict().items()}
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise _misfit(error, path) from error
-        differing = [name for name in {**wanted, **state} if name not in state or wanted.get(name) != kind(state[name])]
-        if differing:
-            raise _misfit(f"{len(differing)} entries differ, such as {differing[0]:.60}", path)
-    count = len(checkpoint["model"]["classifier.conv.bias"])
-    if classes is not None and len(classes["names"]) != count:
-        raise CheckpointError(
-            f"{path}: names {len(classes['names'])} classes, but its network has {count}; take another file"
-        )
-    for each in checkpoint.get("optimizer", {}).get("state", {}).values():
-        _check_tensors(
-            "the optimiser", {name: value for name, value in each.items() if isinstance(value, Tensor)}, path
-        )
-
-
-def _misfit(error: Exception | str, path: str | os.PathLike) -> CheckpointError:
-    reason = " ".join(str(error).split())
-    return CheckpointError(f"{path}: does not fit this network ({reason[:200]}); take another file")
-
-
-def load_weights(path: str | os.PathLike, num_classes: int | None = None, *, new_head: bool = False) -> FastSCNN:
-    """The trained network of a checkpoint, on the CPU and in evaluation mode.
-
-    Args:
-        path: a file that train.py wrote, numbered or best_model.pth, or one of Tramac/Fast-SCNN-pytorch, SegmenTron (and
-            Ascend/ModelZoo-PyTorch) or MMSegmentation, which are recognised by their names and shapes.
-        num_classes: the class count that the caller needs; None takes the checkpoint's.
-        new_head: where the checkpoint has another class count, begin the layers that give the classes anew.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: the file is no checkpoint, is damaged, or has another class count.
-    """
-    return build_from_checkpoint(read_checkpoint(path), path, num_classes, new_head=new_head)
-
-
-def build_from_checkpoint(
-    checkpoint: dict, path: str | os.PathLike, num_classes: int | None = None, *, new_head: bool = False
-) -> FastSCNN:
-    """`load_weights` for a checkpoint already read; `path` is named in errors."""
+def build_from_checkpoint(checkpoint: dict, path: str | os.PathLike, num_classes: int | None = None) -> FastSCNN:
+    """The network of a checkpoint already read, in evaluation mode; `path` is named in errors. See `load_weights`."""
     try:
         model = FastSCNN(**checkpoint["model_args"])
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError) as error:
-        raise _misfit(error, path) from error
+        reason = re.sub(r'((?:"[^"]*", ){5})(?:"[^"]*"(?:, )?)+', r"\1...", str(error))  # five names of a list
+        reason = textwrap.shorten(reason.rpartition("FastSCNN:")[2], 400, placeholder=" ...")
+        raise CheckpointError(
+            f"{path}: does not fit {checkpoint['model_args']} ({reason}); take another file"
+        ) from None
     found = model.args["num_classes"]
-    if num_classes is not None and found != num_classes:
-        if not new_head:
-            raise CheckpointError(
-                f"{path}: has {found} classes, expected {num_classes}; choose the dataset that it was trained on, or train anew"
-            )
-        model = FastSCNN(**{**model.args, "num_classes": num_classes})
-        heads = ("classifier.conv.", "aux_detail.conv.", "aux_context.conv.")
-        model.load_state_dict({k: v for k, v in checkpoint["model"].items() if not k.startswith(heads)}, strict=False)
+    if num_classes not in (None, found):
+        remedy = "choose the dataset that it was trained on, or train on yours with --init-weights"
+        raise CheckpointError(f"{path}: has {found} classes, expected {num_classes}; {remedy}")
     return model.eval()
 
 
+def load_weights(path: str | os.PathLike, num_classes: int | None = None) -> FastSCNN:
+    """The network of a file of train.py or of another project, on the CPU and in evaluation mode.
+
+    Raises FileNotFoundError, or CheckpointError, also for another class count than `num_classes` where that is given.
+    """
+    return build_from_checkpoint(read_checkpoint(path), path, num_classes)
+
+
+# ---------------------------------------------------------------------------------------- weights of other projects
+
+_PEERS = {"tramac": 0, "segmentron": 1, "mmseg": 2, "mmseg-old": 2}
+# The convolution of a layer here (a pattern) and in the files of tramac, segmentron and mmseg. All rows apply, in turn.
+_PEER_LAYERS = (
+    (r"(downsample\.conv)$", r"\1.conv.0", r"\1.conv", r"\1.conv"),
+    (r"(dsconv.)\.depthwise$", r"\1.conv.0", r"\1.block.depthwise", r"\1.depthwise_conv.conv"),
+    (r"(dsconv.)\.pointwise$", r"\1.conv.3", r"\1.block.pointwise", r"\1.pointwise_conv.conv"),
+    (r"(neck.\..)\.expand$", r"\1.block.0.conv.0", r"\1.conv.0.conv", r"\1.conv.0.conv"),
+    (r"(neck.\..)\.depthwise$", r"\1.block.1.conv.0", r"\1.conv.1.conv", r"\1.conv.1.conv"),
+    (r"(neck.\..)\.project$", r"\1.block.2", r"\1.conv.2", r"\1.conv.2.conv"),
+    (r"pyramid_pooling\.reduce\.0", "ppm.conv1.conv.0", "ppm.convs.0.conv", "ppm.0.1.conv"),
+    (r"pyramid_pooling\.reduce\.1", "ppm.conv2.conv.0", "ppm.convs.1.conv", "ppm.1.1.conv"),
+    (r"pyramid_pooling\.reduce\.2", "ppm.conv3.conv.0", "ppm.convs.2.conv", "ppm.2.1.conv"),
+    (r"pyramid_pooling\.reduce\.3", "ppm.conv4.conv.0", "ppm.convs.3.conv", "ppm.3.1.conv"),
+    (r"pyramid_pooling\.project", "ppm.out.conv.0", "out.conv", "out.conv"),
+    (r"fusion\.depthwise", "fusion.dwconv.conv.0", "fusion.dwconv.conv", "fusion.dwconv.conv"),
+    (r"fusion\.context", "fusion.conv_lower_res.0", "fusion.conv_lower_res.0", "fusion.conv_lower_res.conv"),
+    (r"fusion\.detail", "fusion.conv_higher_res.0", "fusion.conv_higher_res.0", "fusion.conv_higher_res.conv"),
+    (r"classifier$", "classifier.conv.1", "classifier.conv.1", "decode_head.conv_seg"),
+    (r"classifier\.dsconv1", "classifier.dsconv1", "classifier.dsconv1", "decode_head.convs.0"),
+    (r"classifier\.dsconv2", "classifier.dsconv2", "classifier.dsconv2", "decode_head.convs.1"),
+    (r"aux_detail\.hidden", "auxlayer.0", "auxlayer1.0", "auxiliary_head.1.convs.0.conv"),
+    (r"aux_detail", "auxlayer.4", "auxlayer1.4", "auxiliary_head.1.conv_seg"),
+    (r"aux_context\.hidden", "", "auxlayer2.0", "auxiliary_head.0.convs.0.conv"),
+    (r"aux_context", "", "auxlayer2.4", "auxiliary_head.0.conv_seg"),
+    (r"^(learning|global|feature)", r"\1", r"\1", r"backbone.\1"),
+)
+# The last part of a convolution's name there, and that of its batch normalisation.
+_PEER_NORMS = {"conv": "bn", "0": "1", "2": "3", "3": "4", "depthwise": "bn_depth", "pointwise": "bn_point"}
+
+
+def _peer_name(name: str, variant: str) -> str:
+    """What an entry of the state dict is called in the files of the project that the variant is named after."""
+    if variant not in _PEERS:
+        return name
+    layer, kind, entry = name.rsplit(".", 2)  # such as feature_fusion.context, bn, weight
+    for here, *there in _PEER_LAYERS:
+        layer = re.sub(here, there[_PEERS[variant]], layer)
+    if kind == "bn":
+        layer, _, last = layer.rpartition(".")
+        layer = f"{layer}.{_PEER_NORMS[last]}"
+    return f"{layer}.{entry}"
+
+
+def _find_state_dict(content: dict) -> dict[str, Tensor]:
+    """The first state dict among a file's content and its entries, without the prefix that all its names share."""
+    entries = [content, *(value for value in content.values() if isinstance(value, dict))]
+    states = [{str(k): v for k, v in each.items() if isinstance(v, Tensor)} for each in entries]
+    state = next((each for each in states if any(tensor.ndim == 4 for tensor in each.values())), states[0])
+    while all("." in name for name in state) and len({name.split(".")[0] for name in state}) == 1:
+        state = {name.split(".", 1)[1]: tensor for name, tensor in state.items()}  # module., model., _orig_mod.
+    return state
+
+
+def _from_state_dict(state: dict[str, Tensor], path: str | os.PathLike) -> dict:
+    """A checkpoint made of a state dict, whose names and shapes tell the variant."""
+    fits = []
+    for variant in VARIANTS:
+        with torch.device("meta"):
+            shapes = {name: t.shape[1:] for name, t in FastSCNN(1, variant=variant, aux=True).state_dict().items()}
+        ours = {_peer_name(name, variant): name for name in shapes}
+        renamed = {ours.get(name, name): tensor for name, tensor in state.items()}
+        fitting = sum(name in renamed and renamed[name].shape[1:] == shape for name, shape in shapes.items())
+        fits.append((fitting, variant, renamed, shapes))
+    _, variant, state, shapes = max(fits, key=lambda fit: fit[0])
+    if "classifier.conv.weight" not in state:
+        found = f"tensors {', '.join([*state][:5])}" if state else "no state dict"
+        raise CheckpointError(f"{path}: holds {found}, expected a file of train.py or weights of {', '.join(VARIANTS)}")
+    aux = all(name in state for name in shapes if name.startswith("aux"))
+    if not aux:  # an incomplete set of auxiliary heads, which only training needs, is left out
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("aux")}
+    args = {"num_classes": len(state["classifier.conv.weight"]), "variant": variant, "aux": aux}
+    return {"model": state, "model_args": args}
+
+
 def save_for_peer(model: FastSCNN, path: str | os.PathLike, variant: str) -> None:
-    """Writes the weights as a state dict with the names of another project.
+    """Writes a state dict with the names of the project that the variant is named after.
 
-    Args:
-        model: a network of that very variant: no other computes the same there.
-        path: the file.
-        variant: one of VARIANTS but "paper".
-
-    Raises:
-        ValueError: the network is of another variant.
+    Raises ValueError for a network of another variant: the project would compute something else with its weights.
     """
     own = model.args["variant"]
     if variant not in _PEERS or variant != own:
-        raise ValueError(
-            f"a network of variant {own!r} cannot be saved as {variant!r}: there it would compute something else"
-        )
-    names = peer_names(model, variant)
-    torch.save({names[name]: tensor for name, tensor in model.state_dict().items()}, path)
+        raise ValueError(f"a network of variant {own!r} cannot be saved as {variant!r}, which computes something else")
+    torch.save({_peer_name(name, variant): tensor for name, tensor in model.state_dict().items()}, path)

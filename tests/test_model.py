@@ -3,7 +3,7 @@
 import math
 import os
 import pickle
-import zipfile
+import re
 
 import pytest
 import torch
@@ -66,9 +66,7 @@ def test_31_pixels_are_refused(height, width):
         FastSCNN(19)(torch.randn(1, 3, height, width))
 
 
-def test_wrong_channels_and_variant_are_refused():
-    with pytest.raises(ValueError, match=r"\(1, 1, 64, 64\), expected \(N, 3, H, W\)"):
-        FastSCNN(19)(torch.randn(1, 1, 64, 64))
+def test_an_unknown_variant_is_refused():
     with pytest.raises(ValueError, match="variant is 'fancy', expected one of paper"):
         FastSCNN(19, variant="fancy")
 
@@ -147,25 +145,23 @@ def test_mixed_precision_gradients_on_the_cpu_are_those_of_float32():
         assert (gradient - gradients[0]).norm() < 0.1 * gradients[0].norm()
 
 
-def test_exports_with_dynamic_size_and_batch():
-    model, dim = FastSCNN(4).eval(), torch.export.Dim
-    sizes = {0: dim("n", min=1), 2: dim("h", min=33), 3: dim("w", min=33)}
-    exported = torch.export.export(model, (torch.randn(2, 3, 96, 128),), dynamic_shapes={"x": sizes})
-    for shape in ((1, 3, 64, 64), (3, 3, 75, 101)):
-        x = torch.randn(shape)
-        torch.testing.assert_close(exported.module()(x), model(x))
-
-
 def save_checkpoint(path, **changes):
     model = FastSCNN(3)
     torch.save({"model": model.state_dict(), "model_args": model.args, **changes}, path)
     return model
 
 
+def refused(path, message):
+    """Whether the file is refused in one line that names it and says `message`."""
+    with pytest.raises(CheckpointError, match=re.escape(path.name) + ".*" + message) as caught:
+        load_weights(path)
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 800
+
+
 def test_checkpoint_rebuilds_the_network(tmp_path):
-    model = save_checkpoint(tmp_path / "a.pth").eval()
+    model = save_checkpoint(tmp_path / "a.pth", epoch=3).eval()
     loaded, x = load_weights(tmp_path / "a.pth", num_classes=3), torch.randn(1, 3, 64, 64)
-    assert not loaded.training
+    assert not loaded.training and read_checkpoint(tmp_path / "a.pth")["epoch"] == 3
     torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
 
 
@@ -176,22 +172,37 @@ def test_checkpoint_of_another_class_count_is_refused(tmp_path):
 
 
 def test_checkpoint_that_does_not_fit_is_refused(tmp_path):
-    save_checkpoint(tmp_path / "a.pth", model_args=FastSCNN(4).args)
-    with pytest.raises(CheckpointError, match="a.pth: does not fit this network"):
-        load_weights(tmp_path / "a.pth")
-    save_checkpoint(tmp_path / "b.pth", model_args={"colour": "red"})
-    with pytest.raises(CheckpointError, match="b.pth: does not fit this network"):
-        load_weights(tmp_path / "b.pth")
+    for changes, message in (
+        ({"model_args": FastSCNN(4).args}, "does not fit .*size mismatch for classifier.conv.weight"),
+        ({"model_args": {"colour": "red"}}, "does not fit .*unexpected keyword argument 'colour'"),
+        ({"model_args": {"num_classes": 3, "variant": "fancy"}}, "variant is 'fancy', expected one of paper"),
+        ({"model_args": None}, "does not fit None"),
+        ({"model": {}}, 'Missing key.*"learning_to_downsample.conv.conv.weight", ("[^"]*", ){4}\\.\\.\\.'),
+        ({"model": {"x": 1}}, "does not fit"),
+        ({"model": [1]}, "holds no state dict"),
+    ):
+        save_checkpoint(tmp_path / "a.pth", **changes)
+        refused(tmp_path / "a.pth", message)
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path):
+    for value in (math.nan, math.inf):
+        state = {**FastSCNN(3).state_dict(), "classifier.conv.bias": torch.tensor([0, value, 0])}
+        save_checkpoint(tmp_path / "a.pth", model=state)
+        refused(tmp_path / "a.pth", "classifier.conv.bias has values that are not finite")
+        torch.save({"state_dict": state}, tmp_path / "b.pth")
+        refused(tmp_path / "b.pth", "classifier.conv.bias has values that are not finite")
 
 
 def test_a_checkpoint_with_one_wrong_bit_is_refused(tmp_path):
-    save_checkpoint(tmp_path / "a.pth")
-    content = bytearray((tmp_path / "a.pth").read_bytes())
-    numbers = load_weights(tmp_path / "a.pth").state_dict()["classifier.conv.weight"].numpy().tobytes()
-    content[content.index(numbers) + 5] ^= 16
-    (tmp_path / "a.pth").write_bytes(content)
-    with pytest.raises(CheckpointError, match="a.pth: damaged, .*wrong checksum"):
-        load_weights(tmp_path / "a.pth")
+    model = save_checkpoint(tmp_path / "a.pth")
+    content = (tmp_path / "a.pth").read_bytes()
+    weight = model.state_dict()["classifier.conv.weight"].numpy().tobytes()
+    for place in (content.index(weight) + 5, content.index(b"model_args")):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        (tmp_path / "a.pth").write_bytes(damaged)
+        refused(tmp_path / "a.pth", "damaged, truncated or not a checkpoint .wrong checksum of")
 
 
 def test_truncated_checkpoint_is_refused(tmp_path):
@@ -199,199 +210,57 @@ def test_truncated_checkpoint_is_refused(tmp_path):
     content = (tmp_path / "a.pth").read_bytes()
     for length in (0, 1, 10, 100, 1000, 5000, 20000, 65536, len(content) // 2, len(content) - 1000, len(content) - 1):
         (tmp_path / "cut.pth").write_bytes(content[:length])
-        with pytest.raises(CheckpointError, match="cut.pth: damaged, truncated or no checkpoint"):
-            load_weights(tmp_path / "cut.pth")
+        refused(tmp_path / "cut.pth", "damaged, truncated or not a checkpoint")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"not a checkpoint", b"\x89PNG\r\n\x1a\n" + bytes(100), bytes(1000), pickle.dumps([1, 2], 2), b"a: 1", b".", b"e"],
-)
-def test_file_that_is_no_checkpoint_is_refused(tmp_path, content):
-    (tmp_path / "x.pth").write_bytes(content)
-    with pytest.raises(CheckpointError, match="x.pth: "):
-        load_weights(tmp_path / "x.pth")
+def test_file_that_is_no_checkpoint_is_refused(tmp_path):
+    for content in (
+        b"text",
+        b"\x89PNG\r\n\x1a\n" + bytes(100),
+        bytes(1000),
+        pickle.dumps([1, 2], 2),
+        b"a: 1",
+        b".",
+        b"e",
+    ):
+        (tmp_path / "x.pth").write_bytes(content)
+        refused(tmp_path / "x.pth", "")
 
 
 def test_checkpoint_of_something_else_names_what_it_holds(tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match="holds weight, expected the entries model and model_args"):
-        load_weights(tmp_path / "x.pth")
+    refused(tmp_path / "x.pth", "holds tensors weight, expected a file of train.py or weights of paper, tramac")
+    torch.save(FastSCNN(3), tmp_path / "x.pth")
+    refused(tmp_path / "x.pth", "holds a _ForeignObject; save the network's state dict instead")
 
 
 def test_missing_checkpoint_and_folder_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.pth: no such checkpoint"):
-        load_weights(tmp_path / "none.pth")
-    with pytest.raises(CheckpointError, match="is a folder"):
-        load_weights(tmp_path)
+    for path in (tmp_path / "none.pth", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"{path.name}: no such file"):
+            load_weights(path)
 
 
-class Bomb:
-    def __init__(self, path):
-        self.path = path
+class Call:
+    """Pickled, it is a call of a function."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
 
     def __reduce__(self):
-        return os.mkdir, (self.path,)
+        return self.call
 
 
-def test_checkpoint_cannot_run_code(tmp_path):
-    torch.save({"model": Bomb(str(tmp_path / "harm")), "model_args": {}}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match="x.pth"):
-        load_weights(tmp_path / "x.pth")
-    assert not (tmp_path / "harm").exists()
-
-
-def test_checksums_are_compared_before_anything_is_unpickled(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "a.pth")
-    content = bytearray((tmp_path / "a.pth").read_bytes())
-    content[content.index(b"model_args")] ^= 1
-    (tmp_path / "a.pth").write_bytes(content)
-    monkeypatch.setattr(torch, "load", lambda *_args, **_options: pytest.fail("was unpickled"))
-    with pytest.raises(CheckpointError, match="a.pth: damaged, .*wrong checksum of .*data.pkl"):
-        read_checkpoint(tmp_path / "a.pth")
-
-
-def test_compressed_and_doubled_entries_are_refused(tmp_path):
-    save_checkpoint(tmp_path / "a.pth")
-    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
-        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
-    with zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in entries.items():
-            archive.writestr(name, content)
-    with pytest.raises(CheckpointError, match=r"b.pth: is compressed, which torch.save never does"):
-        read_checkpoint(tmp_path / "b.pth")
-    with zipfile.ZipFile(tmp_path / "a.pth", "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
-        archive.writestr(next(iter(entries)), b"another")
-    with pytest.raises(CheckpointError, match=r"a.pth: damaged, .*two entries of one name"):
-        read_checkpoint(tmp_path / "a.pth")
-
-
-def test_an_own_checkpoint_in_the_old_format_is_refused(tmp_path):
-    model = FastSCNN(3)
-    content = {"model": model.state_dict(), "model_args": model.args}
-    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match=r"a.pth: is in torch's old format, which has no checksums"):
-        read_checkpoint(tmp_path / "a.pth")
-
-
-def test_checkpoints_that_are_no_regular_file_are_named_and_nothing_waits(tmp_path):
-    os.mkfifo(tmp_path / "pipe.pth")
-    for path in (tmp_path / "pipe.pth", "/dev/zero"):
-        with pytest.raises(CheckpointError, match=f"{path}: is no regular file"):
-            read_checkpoint(path)
-
-
-CLASSES = {"names": ["a", "b", "c"], "colours": [[0, 0, 0]] * 3, "categories": []}
-STATE = {"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": []}
-SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
-TRAINING = {
-    "classes": CLASSES,
-    "epoch": 3,
-    "optimizer": STATE,
-    "scaler": SCALER,
-    "best_miou": -1.0,
-    "validated": False,
-    "args": {"data": "x", "epochs": 3, "amp": "off"},
-    "steps": 5,
-    "steps_per_epoch": 7,
-    "world_size": 2,
-    "tally": {"loss_sums": torch.zeros(2), "steps": 5, "skipped": torch.zeros(4, dtype=torch.int64)},
-}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"model": []},
-        {"model": {"x": 1}},
-        {"model": {1: torch.zeros(1)}},
-        {"model_args": None},
-        {"model_args": {"num_classes": 3.0}},
-        {"model_args": {"num_classes": True}},
-        {"model_args": {"num_classes": 10**12}},
-        {"model_args": {"num_classes": -1}},
-        {"model_args": {"num_classes": 3, "variant": ["paper"]}},
-        {"model_args": {"num_classes": 3, "dropout": "0.1"}},
-        {"model_args": {"num_classes": 3, "aux": "no"}},
-        {"classes": None},
-        {"classes": ["a", "b", "c"]},
-        {"classes": {**CLASSES, "names": "abc"}},
-        {"classes": {**CLASSES, "names": ["a", "b"]}},
-        {"classes": {"names": ["a", "b"], "colours": [[0, 0, 0]] * 2, "categories": []}},
-        {"classes": {**CLASSES, "names": ["a", "b", 3]}},
-        {"classes": {**CLASSES, "colours": [[0, 0]] * 3}},
-        {"classes": {**CLASSES, "colours": [[0, 0, 300]] * 3}},
-        {"classes": {**CLASSES, "colours": [[0, 0, math.nan]] * 3}},
-        {"classes": {**CLASSES, "categories": ["a"]}},
-        {"classes": {"names": ["a", "b", "c"]}},
-        {"epoch": "3"},
-        {"epoch": math.inf},
-        {"epoch": -1},
-        {"epoch": True},
-        {"optimizer": None},
-        {"optimizer": {"state": [], "param_groups": []}},
-        {"optimizer": {"state": {"0": {}}, "param_groups": []}},
-        {"optimizer": {"state": {0: {"momentum_buffer": torch.tensor([math.nan])}}, "param_groups": []}},
-        {"scaler": 1},
-        {"scaler": {"scale": 1.0}},
-        {"scaler": {**SCALER, "scale": math.nan}},
-        {"best_miou": None},
-        {"best_miou": math.nan},
-        {"validated": 1},
-        {"args": None},
-        {"args": {"epochs": 3}},
-        {"args": {"data": "x", "epochs": "3"}},
-        {"args": {"data": "x", "epochs": 0}},
-        {"args": {"data": "x", "epochs": 3, "amp": []}},
-        {"steps": -1},
-        {"steps": 1.5},
-        {"steps_per_epoch": 0},
-        {"world_size": 0},
-        {"tally": 1},
-        {"tally": {"loss_sums": torch.zeros(2), "steps": 5, "skipped": torch.zeros(4)}},
-        {"tally": {"loss_sums": [0.0], "steps": 5, "skipped": torch.zeros(4, dtype=torch.int64)}},
-        {"trained": {}},
-        {"trained": 3},
-    ],
-)
-def test_entries_of_wrong_types_are_refused_in_one_line(tmp_path, changes):
-    save_checkpoint(tmp_path / "a.pth", **TRAINING)
-    assert read_checkpoint(tmp_path / "a.pth")["epoch"] == 3
-    save_checkpoint(tmp_path / "a.pth", **{**TRAINING, **changes})
-    with pytest.raises(CheckpointError, match=r"a.pth: ") as caught:
-        load_weights(tmp_path / "a.pth")
-    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 500
-
-
-@pytest.mark.parametrize(
-    "name, tensor, message",
-    [
-        ("classifier.conv.bias", torch.tensor([0, math.nan, 0]), "no finite numbers"),
-        ("classifier.conv.bias", torch.tensor([0, math.inf, 0]), "no finite numbers"),
-        (
-            "classifier.conv.bias",
-            torch.tensor([0, 1e300, 0], dtype=torch.float64),
-            "no finite numbers",
-        ),  # infinite in float32
-        ("classifier.conv.bias", torch.zeros(3, dtype=torch.int64), "does not fit"),
-        ("classifier.conv.bias", torch.zeros(3, dtype=torch.complex64), "no dense tensor"),
-        ("classifier.conv.bias", torch.zeros(3, dtype=torch.bool), "no dense tensor"),
-        ("classifier.conv.bias", torch.zeros(3).to_sparse(), "no dense tensor"),
-        ("classifier.conv.bias", torch.zeros(3, device="meta"), "no dense tensor"),
-        ("classifier.conv.bias", torch.zeros(1).expand(2**40), "no dense tensor"),  # 4 TiB out of 4 bytes
-        ("classifier.conv.bias", torch.zeros(()), "does not fit"),
-        ("learning_to_downsample.conv.bn.running_var", torch.full((32,), -1.0), "below 0"),
-        ("one.more", torch.zeros(1), "does not fit"),
-    ],
-)
-def test_tensors_that_are_no_weights_are_refused(tmp_path, name, tensor, message):
-    model = FastSCNN(3)
-    torch.save({"model": {**model.state_dict(), name: tensor}, "model_args": model.args}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=f"a.pth: .*{message}"):
-        load_weights(tmp_path / "a.pth")
-
-
-def test_weights_of_others_that_are_no_finite_numbers_are_refused(tmp_path):
-    torch.save({"state_dict": {"weight": torch.tensor([math.nan])}}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"x.pth: it holds weight with values that are no finite numbers"):
-        load_weights(tmp_path / "x.pth")
+def test_a_file_cannot_run_code(tmp_path):
+    harm = tmp_path / "harm"
+    shell, python = Call(os.system, f"touch {harm}"), Call(eval, f"open({str(harm)!r}, 'w')")
+    save_checkpoint(tmp_path / "a.pth", model=shell)
+    refused(tmp_path / "a.pth", "damaged, truncated or not a checkpoint .*posix.system whose module posix is blocked")
+    save_checkpoint(tmp_path / "a.pth", model=python)
+    refused(tmp_path / "a.pth", "holds no state dict")
+    save_checkpoint(tmp_path / "a.pth", model_args=python)
+    refused(tmp_path / "a.pth", "does not fit")
+    for call in (shell, python):  # as torch wrote files before 1.6
+        (tmp_path / "old.pth").write_bytes(pickle.dumps({"state_dict": call}, 2))
+        refused(tmp_path / "old.pth", "damaged, truncated or not a checkpoint .*GLOBAL")
+    save_checkpoint(tmp_path / "a.pth", note=python)  # beside the weights it has no effect
+    assert load_weights(tmp_path / "a.pth") and not harm.exists()
