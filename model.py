@@ -304,7 +304,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     Raises FileNotFoundError, or CheckpointError for a file that is damaged, something else, or not finite.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file; give the path of a checkpoint (.pth)")
+        raise FileNotFoundError(f"{path}: no such checkpoint; give the path of a .pth file")
     try:
         foreign = []
         if zipfile.is_zipfile(path):

@@ -10,7 +10,12 @@ from conftest import ROOT
 from ops_ext import compiler
 
 USES = {
-    "model.py": "import torch, model; print(model.FastSCNN(5).eval()(torch.randn(1, 3, 40, 40)).shape[1])",
+    "model.py": (  # the lines of its docstring, with a file of 5 classes
+        "import torch, model; from model import *; network = FastSCNN(5)\n"
+        "torch.save({'model': network.state_dict(), 'model_args': network.args}, 'best_model.pth')\n"
+        "exec('\\n'.join(line.strip() for line in model.__doc__.splitlines() if line.startswith('    ')))\n"
+        "assert labels.shape == (1, 360, 480); print(model.args['num_classes'])"
+    ),
     "data.py": "import torch, data; print(data.normalise(torch.zeros(1, 4, 4, 3, dtype=torch.uint8)).shape[1] + 2)",
     "ops_ext": "import torch, ops_ext; print(int(ops_ext.upsample_argmax(torch.zeros(1, 5, 4, 4), (8, 8)).sum()) + 5)",
 }

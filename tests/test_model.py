@@ -152,7 +152,7 @@ def save_checkpoint(path, **changes):
 
 
 def refused(path, message):
-    """Whether the file is refused in one line that names it and says `message`."""
+    """Asserts that the file is refused in one line that names it and says `message`."""
     with pytest.raises(CheckpointError, match=re.escape(path.name) + ".*" + message) as caught:
         load_weights(path)
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 800
@@ -236,7 +236,7 @@ def test_checkpoint_of_something_else_names_what_it_holds(tmp_path):
 
 def test_missing_checkpoint_and_folder_are_named(tmp_path):
     for path in (tmp_path / "none.pth", tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"{path.name}: no such file"):
+        with pytest.raises(FileNotFoundError, match=f"{path.name}: no such checkpoint"):
             load_weights(path)
 
 

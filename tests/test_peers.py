@@ -170,7 +170,7 @@ def test_parameters_are_as_many_as_the_peers_say():
 
 
 def same_weights(path, expected, tolerance=0):
-    """Whether a file gives a network of these weights, float32 as all networks."""
+    """Asserts that a file gives a network of these weights, in their own precision."""
     loaded = load_weights(path).state_dict()
     assert loaded.keys() == expected.keys()
     for key, tensor in expected.items():
