@@ -336,9 +336,8 @@ def build_from_checkpoint(checkpoint: dict, path: str | os.PathLike, num_classes
     except (TypeError, ValueError, RuntimeError) as error:
         reason = re.sub(r'((?:"[^"]*", ){5})(?:"[^"]*"(?:, )?)+', r"\1...", str(error))  # five names of a list
         reason = textwrap.shorten(reason.rpartition("FastSCNN:")[2], 400, placeholder=" ...")
-        raise CheckpointError(
-            f"{path}: does not fit {checkpoint['model_args']} ({reason}); take another file"
-        ) from None
+        network = f"the network of {checkpoint['model_args']}"
+        raise CheckpointError(f"{path}: does not fit {network} ({reason}); take another file") from None
     found = model.args["num_classes"]
     if num_classes not in (None, found):
         remedy = "choose the dataset that it was trained on, or train on yours with --init-weights"

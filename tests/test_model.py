@@ -176,7 +176,7 @@ def test_checkpoint_that_does_not_fit_is_refused(tmp_path):
         ({"model_args": FastSCNN(4).args}, "does not fit .*size mismatch for classifier.conv.weight"),
         ({"model_args": {"colour": "red"}}, "does not fit .*unexpected keyword argument 'colour'"),
         ({"model_args": {"num_classes": 3, "variant": "fancy"}}, "variant is 'fancy', expected one of paper"),
-        ({"model_args": None}, "does not fit None"),
+        ({"model_args": None}, "does not fit the network of None"),
         ({"model": {}}, 'Missing key.*"learning_to_downsample.conv.conv.weight", ("[^"]*", ){4}\\.\\.\\.'),
         ({"model": {"x": 1}}, "does not fit"),
         ({"model": [1]}, "holds no state dict"),

@@ -1,11 +1,11 @@
 """Writes a trained network for other runtimes, or its weights for another project.
 
-    python tools/export.py --weights best_model.pth model.onnx               # needs pip install onnx onnxscript
-    python tools/export.py --weights best_model.pth model.pt2                # torch.export.load("model.pt2").module()
-    python tools/export.py --weights theirs.pth again.pth --as mmseg         # the names and the network of MMSegmentation
+    python tools/export.py --weights best_model.pth model.onnx         # needs pip install onnx onnxscript
+    python tools/export.py --weights best_model.pth model.pt2          # torch.export.load("model.pt2").module()
+    python tools/export.py --weights best_model.pth theirs.pth --as mmseg    # a network of --variant mmseg
 
-An exported network takes RGB images, (N, H, W, 3) uint8 of any N and any H, W from 33 pixels, and gives (N, H, W) uint8 labels,
-or with --output logits (N, classes, H, W) float32. Its result is compared with PyTorch's at three sizes.
+An exported network takes RGB images, (N, H, W, 3) uint8 of any N and any H, W from 33 pixels, and gives (N, H, W) uint8
+labels, or with --output logits (N, classes, H, W) float32. Its result is compared with PyTorch's at three sizes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from model import VARIANTS, CheckpointError, load_weights, save_for_peer
 
 
 class Deployed(nn.Module):
-    """A network and what surrounds it: (N, H, W, 3) uint8 RGB -> (N, H, W) uint8 labels or (N, classes, H, W) logits."""
+    """Network with its surroundings: (N, H, W, 3) uint8 RGB -> (N, H, W) uint8 labels or (N, classes, H, W) logits."""
 
     def __init__(self, model: nn.Module, output: str):
         super().__init__()
@@ -84,12 +84,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("file", type=Path, help="the file to write: .onnx, .pt2 (torch.export), or .pth with --as")
-    add(
-        "--weights",
-        required=True,
-        metavar="FILE",
-        help="checkpoint of train.py, or of Tramac, SegmenTron, MMSegmentation",
-    )
+    add("--weights", required=True, metavar="FILE", help="checkpoint of train.py or of another project")
     add("--output", choices=("labels", "logits"), help="what an exported network gives (default: labels)")
     add("--as", dest="variant", choices=[name for name in VARIANTS if name != "paper"],
         help="write the weights under the names of this project; the network must be of this variant")  # fmt: skip
