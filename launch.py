@@ -47,18 +47,15 @@ def exit_status(main: Callable[[], int | None], errors: tuple[type[Exception], .
         status, line = 2, last_line.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
     except Exception:
         status, line = 1, traceback.format_exc()
-    rank, alone = os.environ.get("RANK", "0"), not dist.is_initialized()
+    rank = os.environ.get("RANK", "0")
     if line:
-        # One process has met the cause: the others, and before they meet all but rank 0, wait here for torchrun to end them.
-        if (alone and rank != "0") or (not alone and status == 1):
+        # Rank 0 reports what all processes meet, and a traceback may come from another process's end: wait for torchrun.
+        if rank != "0" or (status == 1 and dist.is_initialized()):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
-        print(
-            f"{os.path.basename(sys.argv[0])}{f' [rank {rank}]' * (rank != '0')}: {line}", file=sys.stderr, flush=True
-        )
-    if (
-        dist.is_initialized()
-    ):  # after an error Gloo's threads may still be in a collective, and would abort a normal exit
+        script = os.path.basename(sys.argv[0]) + (f" [rank {rank}]" if rank != "0" else "")
+        print(f"{script}: {line}", file=sys.stderr, flush=True)
+    if dist.is_initialized():  # Gloo's threads may still be in a collective, and would abort a normal exit
         sys.stdout.flush()
         os._exit(status)
     return status

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -79,3 +83,42 @@ def run_script(
 def last_json(output: str) -> dict:
     """The JSON object on the last line of a program's output."""
     return json.loads(output.strip().splitlines()[-1])
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_ranks(folder: Path, function: Callable[..., int], *args, world_size: int = 2) -> tuple[list[int], str]:
+    """The statuses of processes that each run `function`, and their output; much quicker to start than torchrun's.
+
+    As under torchrun, one process that ends with an error ends the others.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    port = free_port()
+    rest = (world_size, port, folder / "output.txt", function, args)
+    processes = [context.Process(target=_run_rank, args=(rank, *rest)) for rank in range(world_size)]
+    rest[2].unlink(missing_ok=True)
+    for each in processes:
+        each.start()
+    deadline = time.monotonic() + 120
+    while all(each.exitcode in (None, 0) for each in processes) and any(each.is_alive() for each in processes):
+        assert time.monotonic() < deadline, rest[2].read_text()
+        time.sleep(0.02)
+    for each in processes:
+        each.terminate()
+        each.join(30)
+    return [each.exitcode for each in processes], rest[2].read_text()
+
+
+def _run_rank(rank: int, world_size: int, port: int, output: Path, function: Callable[..., int], args: tuple) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.exit(function(*args))
