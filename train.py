@@ -502,7 +502,7 @@ def open_datasets(args: argparse.Namespace) -> Datasets:
     brightness, contrast, saturation, hue = args.colour_jitter
     augmentation = Augmentation(
         tuple(args.crop_size),
-        tuple(args.scale_range),
+        tuple(sorted(args.scale_range)),
         brightness=brightness,
         contrast=contrast,
         saturation=saturation,
