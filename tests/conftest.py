@@ -118,6 +118,7 @@ def run_ranks(folder: Path, function: Callable[..., int], *args, world_size: int
 def _run_rank(rank: int, world_size: int, port: int, output: Path, function: Callable[..., int], args: tuple) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    multiprocessing.set_start_method(None, force=True)  # for the loader's workers; a forkserver hands down its own
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
