@@ -15,11 +15,11 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -29,71 +29,52 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import streets  # noqa: E402
 from model import read_checkpoint  # noqa: E402
-from train import numbered_checkpoints  # noqa: E402
+from train import saved_checkpoints  # noqa: E402
 
-RUN = (
-    "--epochs",
-    6,
-    "--batch-size",
-    4,
-    "--crop-size",
-    64,
-    96,
-    "--val-every",
-    3,
-    "--log-every",
-    2,
-    "--amp",
-    "off",
-    "--ema",
-    0.9,
-)
-RUN += ("--device", "cpu", "--workers", 1, "--save-minutes", 1e-6)
+RUN = "--epochs 6 --batch-size 4 --crop-size 64 96 --val-every 3 --log-every 1 --amp off --ema 0.9 --device cpu --workers 1"
 
 
-def command(root: Path, out: Path, *more, processes: int = 1) -> list[str]:
-    """A short training on drawn scenes, 3 steps an epoch."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [sys.executable, *launcher, str(ROOT / "train.py"), "--data", str(root), "--out", str(out), *map(str, (*RUN, *more))]
+def command(root: Path, out: Path, *more: str, launcher: str = "") -> list[str]:
+    """A short training on drawn scenes, 3 steps an epoch, each followed by a checkpoint; `launcher`: torchrun's flags."""
+    torchrun = ["-m", "torch.distributed.run", *launcher.split()] if launcher else []
+    flags = ["--data", str(root), "--out", str(out), "--save-minutes", "1e-6", *RUN.split(), *more]
+    return [sys.executable, *torchrun, str(ROOT / "train.py"), *flags]
 
 
 def start(argv: list[str], **options) -> subprocess.Popen:
-    """The process, in a group of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(argv, env=environment, cwd=ROOT, start_new_session=True, text=True, **options)
+    """The process, in a group of its own; its output is text in a pipe."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **options}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # the same sums in the same order, however many processes
+    return subprocess.Popen(argv, env=environment, cwd=ROOT, start_new_session=True, **options)
+
+
+def finish(argv: list[str]) -> None:
+    """Runs it to its end, which must be a good one."""
+    process = start(argv)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+
+
+def children(pid: int) -> list[int]:
+    """All that came from a process, and from them; Linux alone."""
+    with contextlib.suppress(OSError):
+        own = [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return own + [below for each in own for below in children(each)]
+    return []
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL for a process and all that came from it, and waits until none of them is left."""
-
-    def children(pid: int) -> list[int]:
-        with contextlib.suppress(OSError):
-            own = [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-            return own + [below for each in own for below in children(each)]
-        return []
-
-    everybody = [process.pid, *children(process.pid)]
-    for pid in everybody:
+    """SIGKILL for a process and all that came from it; returns when the last of them has closed the pipe."""
+    for pid in [process.pid, *children(process.pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.communicate()
-    deadline = time.monotonic() + 30
-    while any(_runs(pid) for pid in everybody):
-        assert time.monotonic() < deadline, "a process outlives SIGKILL"
-        time.sleep(0.01)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def differences(a, b, place: str = "") -> list[str]:
-    """Where two checkpoints are not the same to the bit; how they were started and where they lie apart."""
+    """Where two checkpoints are not the same to the bit; the flags of their runs apart."""
     if isinstance(a, dict) and isinstance(b, dict):
-        own = {"args", "launches"} if not place else set()
+        own = set() if place else {"args"}
         found = [f"{place}: keys {a.keys() ^ b.keys()}"] if a.keys() != b.keys() else []
         return found + [d for k in a.keys() & b.keys() - own for d in differences(a[k], b[k], f"{place}.{k}")]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
@@ -104,77 +85,72 @@ def differences(a, b, place: str = "") -> list[str]:
     return [] if a == b else [f"{place}: {a!r:.40} and {b!r:.40}"]
 
 
-def records(out: Path) -> list[dict]:
-    """What metrics.jsonl says, without the speed."""
-    lines = (out / "logs/metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in lines]
+def records(out: Path) -> dict:
+    """The last record of each step and of each validation in metrics.jsonl, without the speed."""
+    lines = map(json.loads, (out / "logs/metrics.jsonl").read_text().splitlines())
+    return {(each["kind"], each["epoch"], each.get("step")): {**each, "images_per_s": None} for each in lines}
 
 
 def compare(whole: Path, out: Path) -> list[str]:
     """What tells a run from one without interruption, and files that should not be there."""
     found = []
-    names = [[path.name for path in numbered_checkpoints(each / "checkpoints")] for each in (whole, out)]
+    names = [[path.name for path in saved_checkpoints(each / "checkpoints")] for each in (whole, out)]
     if names[0] != names[1]:
         return [f"checkpoints {names}"]
     for name in [names[0][-1], "best_model.pth"]:
-        found += [f"{name}{d}" for d in differences(*(read_checkpoint(each / "checkpoints" / name) for each in (whole, out)))]
+        checkpoints = [read_checkpoint(each / "checkpoints" / name) for each in (whole, out)]
+        found += [f"{name}{difference}" for difference in differences(*checkpoints)]
     if records(whole) != records(out):
         found.append("metrics.jsonl")
     expected = {path.relative_to(whole) for path in whole.rglob("*")}
-    for path in out.rglob("*"):
-        # The log of a start that was killed before its first checkpoint is moved aside, as that of any earlier run.
-        moved = path.relative_to(out).parts[0] == "earlier" and (path.is_dir() or path.name in ("train.log", "metrics.jsonl"))
-        if not moved and path.relative_to(out) not in expected:
-            found.append(f"left over: {path}")
-    return found
+    return found + [f"left over: {path}" for path in out.rglob("*") if path.relative_to(out) not in expected]
+
+
+def wait_for_writing(process: subprocess.Popen, checkpoints: Path, times: int) -> bool:
+    """Waits, after a step, until the n-th checkpoint from then on is being written; whether it came to that."""
+    for line in process.stdout:
+        if "  step " in line:
+            break
+    while process.poll() is None:
+        if any(checkpoints.glob(".*.tmp")):
+            times -= 1
+            if not times:
+                return True
+            while any(checkpoints.glob(".*.tmp")) and process.poll() is None:
+                pass
+    return False
 
 
 def survive(root: Path, folder: Path, kills: int, processes: int, seed: int) -> dict:
-    """Trains once in peace and once with `kills` kills; what there is to say of it."""
+    """Trains once in peace, and again and again with `kills` kills in all; the counts, and what differs."""
     rng = random.Random(seed)
-    subprocess.run(
-        command(root, folder / "whole", processes=processes),
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    out, within_writing, attempts, finished = folder / "killed", 0, 0, 0
-    checkpoints = out / "checkpoints"
-    argv = command(root, out, "--resume", "auto", processes=processes)
-    while attempts < kills:
-        process = start(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        written = False
-        if attempts % 2 == 0:  # once a step is done, when the n-th checkpoint from now is being written
-            begun, wait_for = False, rng.randint(1, 3)
-            while process.poll() is None:
-                if not begun:
-                    begun = "resumed" in (line := process.stdout.readline()) or "  step " in line
-                    continue
-                if any(checkpoints.glob(".*.tmp")):
-                    wait_for -= 1
-                    if not wait_for:
-                        written = True
-                        break
-                    while any(checkpoints.glob(".*.tmp")) and process.poll() is None:
-                        pass
+    launcher = f"--standalone --nproc_per_node={processes}" if processes > 1 else ""
+    finish(command(root, folder / "whole", launcher=launcher))
+    out = folder / "killed"
+    argv = command(root, out, "--resume", "auto", launcher=launcher)
+    result = {"processes": processes, "kills": 0, "within_writing": 0, "runs_finished": 0, "differences": []}
+    while result["kills"] < kills:
+        process = start(argv)
+        if result["kills"] % 2 == 0:
+            written = wait_for_writing(process, out / "checkpoints", rng.randint(1, 3))
         else:
+            written = False
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0.5, 8) if processes == 1 else rng.uniform(2, 16))
-        if process.poll() is not None:  # it was faster: begin with an empty folder again
-            assert process.returncode == 0, f"status {process.returncode}"
-            process.communicate()
-            finished += 1
-            if found := compare(folder / "whole", out):
-                return {"kills": attempts, "differences": found}
-            subprocess.run(["rm", "-r", str(out)], check=True)
+                process.wait(rng.uniform(0.5, 8) * processes)
+        if process.poll() is None:
+            kill_all(process)
+            result["kills"] += 1
+            result["within_writing"] += written and any((out / "checkpoints").glob(".*.tmp"))
             continue
-        kill_all(process)
-        attempts += 1
-        within_writing += written and any(checkpoints.glob(".*.tmp"))
-    subprocess.run(argv, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    found = compare(folder / "whole", out)
-    return {
-        "processes": processes, "kills": attempts, "within_writing": within_writing, "runs_finished": finished + 1,
-        "differences": found,
-    }  # fmt: skip
+        output, _ = process.communicate()  # it was faster: compare, and begin with an empty folder
+        assert process.returncode == 0, output
+        result["runs_finished"] += 1
+        result["differences"] += compare(folder / "whole", out)
+        shutil.rmtree(out)
+    finish(argv)
+    result["runs_finished"] += 1
+    result["differences"] += compare(folder / "whole", out)
+    return result
 
 
 def main() -> int:
