@@ -27,8 +27,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import streets  # noqa: E402
 from model import read_checkpoint  # noqa: E402
+from tools import streets  # noqa: E402
 from train import saved_checkpoints  # noqa: E402
 
 RUN = "--epochs 6 --batch-size 4 --crop-size 64 96 --val-every 3 --log-every 1 --amp off --ema 0.9 --device cpu --workers 1"

@@ -31,9 +31,3 @@ def test_works_alone(tmp_path, name):
     (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     done = subprocess.run([sys.executable, "-c", USES[name]], capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "5\n", "")
-
-
-def test_run_sh_lists_its_commands_when_it_is_given_another():
-    done = subprocess.run(["bash", str(ROOT / "run.sh"), "frobnicate"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "no command 'frobnicate'" in done.stderr
-    assert all(f"bash run.sh {command}" in done.stderr for command in ("test", "train", "eval", "bench"))
