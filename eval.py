@@ -5,7 +5,7 @@
     python eval.py --weights W --scales 0.75 1 1.25 --flip                        # test-time averaging
     torchrun --nproc_per_node=8 eval.py --weights W                               # shares the images out
 
-Prints a table, then one JSON object as the last line on stdout. Exit status: 0, 2 for what the user can mend, 1 for faults.
+Prints a table, then one JSON object as the last line on stdout.
 """
 
 from __future__ import annotations
@@ -38,19 +38,11 @@ from data import (
     normalise,
     open_dataset,
 )
-from launch import (
-    AMP_DTYPES,
-    OneLineParser,
-    UsageError,
-    exit_status,
-    gathered,
-    memory_format,
-    start_processes,
-)
+from launch import AMP_DTYPES, OneLineParser, UsageError, exit_status, gathered, memory_format, start_processes
 from model import MIN_SIZE, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint
 from ops_ext import accelerate, fast_precision
 
-# ------------------------------------------------------------------------------------------------------------ predictions
+# ---------------------------------------------------------------------------------------------------------- predictions
 
 
 def evaluate(
@@ -62,7 +54,7 @@ def evaluate(
     world_size: int = 1,
     progress: bool = True,
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Predicts every image of a split exactly once, in one of the processes.
+    """Predicts every image of a split exactly once, in one of the processes. Raises DataError for a bad file.
 
     Args:
         segment: from (1, H, W, 3) uint8 RGB to (1, H, W) uint8 labels, as `ops_ext.accelerate` makes it.
@@ -72,10 +64,7 @@ def evaluate(
         progress: show a progress bar on a terminal.
 
     Yields:
-        index in the dataset, image (H, W, 3) uint8, label (H, W) uint8, and prediction (H, W) uint8 on the network's device.
-
-    Raises:
-        DataError: a file that cannot be read, or an image smaller than the network takes.
+        index in the dataset, image (H, W, 3) uint8, label (H, W) uint8, prediction (H, W) uint8 on the network's device.
     """
     indices = range(rank, len(dataset), world_size)
     # Not DistributedSampler, which counts some images twice to give every process as many.
@@ -118,8 +107,7 @@ class AveragedNetwork:
         window: Sequence[int] | None = None,
     ):
         self.model = copy.deepcopy(model).eval().to(device, memory_format=memory_format(device))
-        self.device, self.scales, self.flip, self.window = device, scales, flip, window
-        self.precision = precision
+        self.device, self.scales, self.flip, self.precision, self.window = device, scales, flip, precision, window
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
@@ -165,18 +153,18 @@ def window_starts(side: int, size: int) -> list[int]:
     return [round(i * (side - size) / max(1, steps)) for i in range(steps + 1)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- metrics
+# -------------------------------------------------------------------------------------------------------------- metrics
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """(num_classes, num_classes) int64 counts of the labelled pixels; rows are the true class, columns the predicted one."""
+    """(num_classes, num_classes) int64 counts of labelled pixels; rows are the truth, columns the prediction."""
     code = label.to(prediction.device).long() * num_classes + prediction  # of ignored pixels, beyond the classes' codes
     counts = torch.bincount(code.flatten(), minlength=(IGNORE + 1) * num_classes)
     return counts[: num_classes**2].view(num_classes, num_classes)
 
 
 def metrics(confusion: Tensor, classes: Classes) -> dict:
-    """The benchmark's figures, in [0, 1]; None for a class that occurs in neither truth nor prediction, which no mean counts.
+    """The benchmark's figures, in [0, 1]; None for a class in neither truth nor prediction, which no mean counts.
 
     Args:
         confusion: (C, C) int64, rows are the truth.
@@ -330,7 +318,7 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-# --------------------------------------------------------------------------------------------------------- files it writes
+# ------------------------------------------------------------------------------------------------------ files it writes
 
 
 def contact_sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], width: int = 384) -> Image.Image:
@@ -358,7 +346,7 @@ def write_submission(dataset: SegmentationDataset, index: int, prediction: Tenso
     Image.fromarray(label_ids).save(folder / f"{name}_pred.png")
 
 
-# ------------------------------------------------------------------------------------------------------------ command line
+# --------------------------------------------------------------------------------------------------------- command line
 
 
 def add_protocol_flags(parser: argparse.ArgumentParser) -> None:
@@ -374,7 +362,7 @@ def add_protocol_flags(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="ROOT", help="the dataset's folder (default: datasets/NAME)")
     add("--split", default="val", help="split to evaluate, or several joined by + (default: %(default)s)")
     add("--scales", type=float, nargs="+", default=[1.0], metavar="S",
-        help="factors of the input's size, averaged over; 0.5 is the paper's half resolution (default: 1.0)")  # fmt: skip
+        help="factors of the input's size, averaged; 0.5 is the paper's half resolution (default: 1.0)")  # fmt: skip
     add("--flip", action="store_true", help="also average over the mirrored image")
     add("--window", type=int, nargs=2, metavar=("H", "W"),
         help="predict in overlapping windows of this size in pixels, for images that do not fit in memory")  # fmt: skip
@@ -394,11 +382,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def open_for_evaluation(args: argparse.Namespace) -> tuple[dict, FastSCNN, SegmentationDataset]:
-    """The checkpoint, its network and the split that the flags name; fills in args.dataset and args.data.
-
-    Raises:
-        DataError, CheckpointError: a dataset or weights that cannot be read, or weights for other classes.
-    """
+    """The checkpoint, its network and the split that the flags name; fills in args.dataset and args.data."""
     checkpoint = read_checkpoint(args.weights)
     names = checkpoint.get("classes", {}).get("names")
     known = {"cityscapes": CITYSCAPES, "camvid": CAMVID}  # the weights of other projects name no classes: Cityscapes

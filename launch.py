@@ -32,8 +32,8 @@ class OneLineParser(argparse.ArgumentParser):
 def exit_status(main: Callable[[], int | None], errors: tuple[type[Exception], ...] = ()) -> int:
     """Runs `main` and returns the exit status of the process: what `main` returned, or else 0.
 
-    UsageError, OSError, too little memory and the given `errors` are the user's to mend: one line on stderr and status 2. Other
-    exceptions are faults of the program and keep their traceback.
+    UsageError, OSError, too little memory and the given `errors` are the user's to mend: one line on stderr and status 2.
+    Other exceptions are faults of the program and keep their traceback.
     """
     try:
         status, line = main() or 0, ""
@@ -42,14 +42,14 @@ def exit_status(main: Callable[[], int | None], errors: tuple[type[Exception], .
     except KeyboardInterrupt:
         status, line = 130, "interrupted"
     except (UsageError, OSError, MemoryError, torch.OutOfMemoryError, *errors) as error:
-        # An error from a DataLoader's worker has that worker's traceback as its message; the last line is the error's own.
+        # An error from a DataLoader's worker has that worker's traceback as its message; its own is the last line.
         last_line = (str(error).strip() or repr(error)).splitlines()[-1]
         status, line = 2, last_line.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
     except Exception:
         status, line = 1, traceback.format_exc()
     rank = os.environ.get("RANK", "0")
     if line:
-        # Rank 0 reports what all processes meet, and a traceback may come from another process's end: wait for torchrun.
+        # Rank 0 reports what all processes meet, and a traceback may come of another's end: wait for torchrun.
         if rank != "0" or (status == 1 and dist.is_initialized()):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
@@ -64,8 +64,8 @@ def exit_status(main: Callable[[], int | None], errors: tuple[type[Exception], .
 def start_processes(device_name: str | None = None, timeout_minutes: float = 30) -> tuple[torch.device, int, int]:
     """Device, rank and world size of this process, after it has joined the others that torchrun started.
 
-    device_name is "cpu", "cuda:1", ..., or None for the machine's accelerator, or the CPU where there is none. Raises UsageError
-    for a device that is not there, or fewer devices than processes.
+    device_name is "cpu", "cuda:1", ..., or None for the machine's accelerator, or the CPU where there is none. Raises
+    UsageError for a device that is not there, or fewer devices than processes.
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if device_name is not None:

@@ -137,7 +137,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--aux-weight", type=number(float, 0), default=0.4, metavar="W",
         help="of each of the two auxiliary losses; 0 trains without (default: %(default)s)")
     add("--class-balance", type=number(float, 0), default=0.0, metavar="POWER",
-        help="weight classes by their share of the pixels to the power of -POWER, such as 0.5; it falls to a quarter of that "
+        help="weight classes by their share of the pixels to the power of -POWER, such as 0.5; it falls to a quarter "
         "during the run (default: %(default)s)")
     add("--ohem", type=number(float, 0, 0.99), default=0.0, metavar="P",
         help="main loss over pixels whose true class has a probability below P, at least a sixteenth of all; 0 for all")
@@ -632,8 +632,8 @@ def log_steps(run: Run, epoch: int, step: int, results: list[Tensor], seconds: f
     left = timedelta(seconds=round(seconds * (end - now) / (now - before)))
     log.line(
         f"epoch {epoch}/{args.epochs}  step {step}/{total_steps}  "
-        f"loss {math.nan if mean_loss is None else mean_loss:.4f}  lr {lr:.5f}  {images_per_s:.1f} images/s  left {left}"
-        + (f"  skipped {skipped} steps" if skipped else "")
+        f"loss {math.nan if mean_loss is None else mean_loss:.4f}  lr {lr:.5f}  "
+        f"{images_per_s:.1f} images/s  left {left}" + (f"  skipped {skipped} steps" if skipped else "")
     )
     record = {"loss": mean_loss, "lr": lr, "images_per_s": images_per_s, "skipped": skipped}
     log.record(kind="train", epoch=epoch, step=step, **record)

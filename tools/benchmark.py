@@ -36,7 +36,7 @@ from ops_ext import accelerate, fast_precision
 PAPER_SIZES = ((1024, 2048), (512, 1024), (256, 512))  # height and width in pixels, table 8
 WARMUP = 3  # runs or steps before those that count
 
-# -------------------------------------------------------------------------------------------------------- other runtimes
+# ------------------------------------------------------------------------------------------------------- other runtimes
 
 Segment = Callable[[Tensor], Tensor]  # from (N, H, W, 3) uint8 RGB to (N, H, W) uint8 labels
 
@@ -112,7 +112,7 @@ RUNTIMES = {  # each makes a Segment of a network, for images of one size
 }
 
 
-# -------------------------------------------------------------------------------------------------------------- inference
+# ------------------------------------------------------------------------------------------------------------ inference
 
 
 def latency_ms(segment: Segment, images: Tensor, repeats: int) -> dict[str, float]:
@@ -159,7 +159,7 @@ def print_latencies(result: dict) -> None:
         print(f"    {stage} {ms:.2f} ms")
 
 
-# --------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 def batches(run: train.Run) -> Iterator[tuple[Tensor, Tensor]]:
@@ -214,7 +214,7 @@ def time_training(steps: int, flags: list[str]) -> dict:
     return result if rank == 0 else {}
 
 
-# ----------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command line
 
 
 def get_args_parser() -> argparse.ArgumentParser:

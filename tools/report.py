@@ -4,8 +4,8 @@
     python tools/report.py --weights W --dataset camvid --data datasets/camvid --out page.html
     torchrun --nproc_per_node=8 tools/report.py --weights W                                   # shares the images out
 
-The page is a single HTML file without JavaScript. Its curves are those of the run whose `checkpoints` folder holds the weights.
-The last line on stdout is one JSON object.
+The page is a single HTML file without JavaScript. Its curves are those of the run whose `checkpoints` folder holds the
+weights. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ figure { margin: 0; min-width: 0; font-size: .85rem }
 img { display: block; width: 100%; border-radius: 3px }
 .key { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1.5rem 0 }
 .key div { padding: .8rem 1rem; border-radius: .5rem; background: var(--soft); font-size: .9rem }
-.key b { display: block; color: var(--ink); font-size: 1.9rem; line-height: 1.25; font-weight: 600; white-space: nowrap }
+.key b { display: block; color: var(--ink); font-size: 1.9rem; line-height: 1.25; font-weight: 600 }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem 2.5rem }
 svg { display: block; width: 100%; font-size: 12px; fill: var(--muted) }
 svg line { stroke: var(--line) }
@@ -66,8 +66,8 @@ svg .raw { color: var(--blue); stroke-width: 1; opacity: .35 }
 .blue { color: var(--blue); --hue: var(--blue) }
 .orange { color: var(--orange); --hue: var(--orange) }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; font-size: .85rem }
-figcaption i { display: inline-block; width: 1.1rem; margin-right: .4rem; border-top: 2px solid; vertical-align: middle }
-.swatch { display: inline-block; width: .75em; height: .75em; margin-right: .5em; border-radius: 2px; outline: 1px solid #8886 }
+figcaption i { display: inline-block; width: 1.1rem; margin-right: .4rem; border-top: 2px solid }
+.swatch { display: inline-block; width: .75em; height: .75em; margin-right: .5em; border-radius: 2px }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem; line-height: 1.35; overflow-wrap: normal }
 th { font-weight: 400; white-space: nowrap }
@@ -96,7 +96,7 @@ tr { break-inside: avoid }
 }
 """
 
-# ----------------------------------------------------------------------------------------------------------------- curves
+# --------------------------------------------------------------------------------------------------------------- curves
 
 
 def read_curves(log: Path) -> dict[str, np.ndarray]:
@@ -131,7 +131,7 @@ def ticks(end: float) -> list[float]:
 
 
 def chart(curves: dict[str, np.ndarray], top: float, x_title: str, captions: dict[str, str]) -> str:
-    """Curves, {CSS class: (n, 2) points}, as inline SVG over axes that start at 0; what is above `top` is drawn at `top`."""
+    """Curves, {CSS class: (n, 2) points}, as inline SVG over axes that start at 0; values above `top` are cut."""
     left, right, upper, lower = 44, 456, 8, 206
     last = max(1, *(curve[-1, 0] for curve in curves.values()))
     parts = [f'<text x="{(left + right) / 2}" y="{lower + 38}" text-anchor="middle">{x_title}</text>']
@@ -173,7 +173,7 @@ def training_curves(log: Path) -> str:
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
-# ----------------------------------------------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------------------------------------------- tables
 
 
 def class_label(classes: Classes, i: int) -> str:
@@ -182,7 +182,7 @@ def class_label(classes: Classes, i: int) -> str:
 
 
 def class_table(result: dict, confusion: np.ndarray, classes: Classes) -> str:
-    """IoU of each class as bar and number, recall, precision, share of the labelled pixels, and iIoU where there is one."""
+    """IoU of each class as bar and number, recall, precision, share of the labelled pixels, and iIoU."""
     truth, predicted, total = confusion.sum(1), confusion.sum(0), confusion.sum()
     class_iiou = result.get("class_iiou")
     titles = ["class, in %", "", "IoU", "recall", "precision", "pixels"] + (["iIoU"] if class_iiou else [])
@@ -229,7 +229,7 @@ def definitions(values: dict[str, object], style: str = "") -> str:
     return f'<dl class="{style}">{"".join(rows)}</dl>'
 
 
-# --------------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------------- pictures
 
 
 def data_uri(picture: Image.Image, kind: str) -> str:
@@ -270,7 +270,7 @@ def worst_images(rows: Sequence[tuple[str, float, float, dict[str, str]]], class
     return "".join(parts)
 
 
-# --------------------------------------------------------------------------------------------------------------- the page
+# ------------------------------------------------------------------------------------------------------------- the page
 
 
 def make_page(title: str, result: dict, facts: dict[str, object], sections: dict[str, str]) -> str:
