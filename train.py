@@ -56,6 +56,7 @@ PAPER_BATCH = 12  # images, for which --base-lr is given
 POLY_POWER = 0.9
 WARMUP_STEPS = 200  # or a tenth of the run, where that is shorter
 MOMENTUM = 0.9
+AUX_WEIGHT = 0.4  # of each of the two auxiliary losses, section 4.1
 WEIGHT_DECAY = 4e-5
 MAX_SKIPPED = 25  # steps in a row without finite gradients; then the run ends
 UNFINISHED = "unfinished_epoch.pth"  # a checkpoint within an epoch; those at the end of one are {epoch}.pth
@@ -134,8 +135,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--base-lr", type=number(float, 0), default=0.045, metavar="LR",
         help=f"learning rate for {PAPER_BATCH} images; used is LR x batch / {PAPER_BATCH} (default: %(default)s)")
     add("--dropout", type=share, default=0.1, metavar="P", help="before the last layer (default: %(default)s)")
-    add("--aux-weight", type=number(float, 0), default=0.4, metavar="W",
-        help="of each of the two auxiliary losses; 0 trains without (default: %(default)s)")
     add("--class-balance", type=number(float, 0), default=0.0, metavar="POWER",
         help="weight classes by their share of the pixels to the power of -POWER, such as 0.5; it falls to a quarter "
         "during the run (default: %(default)s)")
@@ -199,7 +198,6 @@ def segmentation_loss(
     world_size: int = 1,
     *,
     class_weights: Tensor | None = None,
-    aux_weight: float = 0.4,
     ohem: float = 0.0,
 ) -> Tensor:
     """This process's part of the loss; the parts of all processes add up to the loss of the global batch.
@@ -213,7 +211,6 @@ def segmentation_loss(
         align_corners: of the network's resizing.
         world_size: number of processes.
         class_weights: (C,) float32; None for 1.
-        aux_weight: of each auxiliary loss (section 4.1).
         ohem: the main loss is over pixels whose true class has a probability below this; 0 for all pixels.
     """
     main, *aux = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -238,7 +235,7 @@ def segmentation_loss(
         dist.all_reduce(totals)
     totals = totals.clamp(min=1e-6)
     aux_loss = sum(upsample_cross_entropy(output, target, reduction="sum", **options) for output in aux)
-    return main_loss / totals[-1] + aux_weight * aux_loss / totals[0]
+    return main_loss / totals[-1] + AUX_WEIGHT * aux_loss / totals[0]
 
 
 def hard_pixels(losses: Tensor, labelled: Tensor, probability: float) -> Tensor:
@@ -378,11 +375,10 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """What all processes do after a step: continue, save, or save and stop.
+    """What all processes do after a step: continue, save, or, after SIGTERM or SIGINT, save and stop.
 
-    SIGTERM and SIGINT ask to stop. A second one exits at once, unless it follows within a second: torchrun passes on
-    the Ctrl-C that the terminal has sent already. Processes agree by a small reduction on the host that overlaps with
-    the next step, so all of them act after the same step, one later.
+    A second signal exits at once, unless it follows within a second: torchrun passes on the Ctrl-C that the terminal has
+    sent already. Processes agree by a reduction on the host during the next step: all act after the same step, one later.
     """
 
     CONTINUE, SAVE, STOP = range(3)
@@ -428,18 +424,15 @@ class Signals:
 
 # -------------------------------------------------------------------------------------------------------------- the run
 
-Datasets = tuple[SegmentationDataset, SegmentationDataset]  # to train on, to validate on
-
 
 class Run:
-    """A training: its data, the network and how it is wrapped, the optimiser. Every process makes one.
+    """A training: its data, the network, the optimiser. Every process makes one.
 
     `ddp` is the network as DistributedDataParallel wraps it, or itself; `statistics` are the running statistics of its
-    batch normalisation; `average` is the moving average of --ema, or None; `evaluated` is the network that is validated
-    and saved, the average or the trained one; `notes` are lines for the log.
+    batch normalisation; `evaluated` is the network that is validated and saved, the average of --ema or the trained one.
     """
 
-    def __init__(self, args: argparse.Namespace, datasets: Datasets, device: torch.device, rank: int, world_size: int):
+    def __init__(self, args: argparse.Namespace, datasets: Sequence, device: torch.device, rank: int, world_size: int):
         self.args, self.device, self.rank, self.world_size = args, device, rank, world_size
         self.train_set, self.val_set = train_set, _ = datasets
         self.best_miou, self.skipped_in_a_row, self.class_weights, self.notes = -1.0, 0, None, []
@@ -448,14 +441,14 @@ class Run:
         self.loader = train_loader(
             train_set, args.batch_size, workers=args.workers, seed=args.seed, rank=rank, world_size=world_size
         )
-        self.steps_per_epoch = len(self.loader)
+        self.steps_per_epoch, self.image_hw = len(self.loader), list(train_set.read_label(0).shape)
         self.shares = None  # of the classes in the training pixels
         if args.class_balance:
             self.shares = from_rank_0(class_shares(train_set) if rank == 0 else None)
 
         names = train_set.classes.names
         torch.manual_seed(args.seed)
-        self.model = FastSCNN(len(names), variant=args.variant, aux=args.aux_weight > 0, dropout=args.dropout)
+        self.model = FastSCNN(len(names), variant=args.variant, aux=True, dropout=args.dropout)
         if args.init_weights:
             self.notes.append(init_weights(self.model, names, args.init_weights))
         self.model.to(device, memory_format=memory_format(device))
@@ -483,21 +476,20 @@ class Run:
         """The first lines of a log: everything that decides what this run will do."""
         args, share = self.args, self.args.batch_size // self.world_size
         flags = " ".join(f"{name}={value}" for name, value in vars(args).items())
-        ops = " ".join(f"{op}={where}" for op, where in implementations(self.device).items())
+        rate = f"{args.base_lr} x {args.batch_size} / {PAPER_BATCH} = {args.lr:.5f}"
+        images = f"{len(self.train_set)} images to train, {len(self.val_set)} to validate"
         lines = [
             f"code {git_revision()}  torch {torch.__version__}  {flags}",
-            f"device {self.device}  processes {self.world_size}  precision {args.amp}  ops {ops}",
-            f"batch {args.batch_size} = {share} x {self.world_size}  "
-            f"learning rate {args.base_lr} x {args.batch_size} / {PAPER_BATCH} = {args.lr:.5f}",
-            f"{len(self.train_set)} images to train, {len(self.val_set)} to validate  "
-            f"{self.steps_per_epoch} steps x {args.epochs} epochs",
+            f"device {self.device}  precision {args.amp}  ops {implementations(self.device)}",
+            f"batch {args.batch_size} = {share} x {self.world_size} processes  learning rate {rate}",
+            f"{images}  {self.steps_per_epoch} steps x {args.epochs} epochs",
         ]
         if self.world_size > 1 and not self.syncs_bn:
             lines.append(f"no SyncBatchNorm: each process normalises over its own {share} images")
         return [*lines, *self.notes]
 
 
-def open_datasets(args: argparse.Namespace) -> Datasets:
+def open_datasets(args: argparse.Namespace) -> tuple[SegmentationDataset, SegmentationDataset]:
     """The splits to train on and to validate on."""
     brightness, contrast, saturation, hue = args.colour_jitter
     augmentation = Augmentation(
@@ -526,8 +518,8 @@ def from_rank_0(value: object) -> object:
 def git_revision() -> str:
     """The commit of this code, or "unknown"."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=10"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    with contextlib.suppress(OSError):  # no git
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
     return "unknown"
 
 
@@ -549,22 +541,16 @@ def keep_freed_memory() -> None:
 def train_step(run: Run, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """One step of the optimiser; nothing in it makes the host wait for the device.
 
-    Where a gradient is not finite, weights and batch normalisation statistics stay as they were: the step is skipped.
-
-    Args:
-        run: the training.
-        images: (N, H, W, 3) uint8 RGB, this process's share of the batch.
-        target: (N, H, W) uint8 train ids.
-
-    Returns:
-        This process's part of the loss, and () bool, whether the gradients were finite; both on the device.
+    `images` (N, H, W, 3) uint8 RGB and `target` (N, H, W) uint8 are this process's share of the batch. Returns its part of
+    the loss, and () bool, whether the gradients were finite. Where they were not, weights and batch normalisation
+    statistics stay as they were: the step is skipped.
     """
-    args, dtype = run.args, AMP_DTYPES[run.args.amp]
+    dtype = AMP_DTYPES[run.args.amp]
     images, target = (each.to(run.device, non_blocking=True) for each in (images, target))
     statistics = run.statistics.clone()
     with torch.autocast(run.device.type, dtype, enabled=dtype is not None):
         outputs = run.ddp(normalise(images), upsample=False)
-    options = {"class_weights": run.class_weights, "aux_weight": args.aux_weight, "ohem": args.ohem}
+    options = {"class_weights": run.class_weights, "ohem": run.args.ohem}
     loss = segmentation_loss(outputs, target, run.model.align_corners, run.world_size, **options)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss * run.world_size).backward()  # DDP averages over the processes, where the loss is a sum
@@ -635,8 +621,8 @@ def log_steps(run: Run, epoch: int, step: int, results: list[Tensor], seconds: f
         f"loss {math.nan if mean_loss is None else mean_loss:.4f}  lr {lr:.5f}  "
         f"{images_per_s:.1f} images/s  left {left}" + (f"  skipped {skipped} steps" if skipped else "")
     )
-    record = {"loss": mean_loss, "lr": lr, "images_per_s": images_per_s, "skipped": skipped}
-    log.record(kind="train", epoch=epoch, step=step, **record)
+    figures = {"loss": mean_loss, "lr": lr, "images_per_s": images_per_s, "skipped": skipped}
+    log.record(kind="train", epoch=epoch, step=step, **figures)
     if run.skipped_in_a_row >= MAX_SKIPPED:
         raise UsageError(
             f"no finite gradients in {run.skipped_in_a_row} steps in a row, up to step {step} in epoch {epoch}; use a "
@@ -704,11 +690,12 @@ def saved_checkpoints(folder: Path) -> list[Path]:
 
 
 def network_state(run: Run, epoch: int) -> dict:
-    """What every checkpoint holds: the network, how to build it, its classes."""
+    """What every checkpoint holds: the network, how to build it, its classes, the size of the training images."""
     return {
         "model": run.evaluated.state_dict(),
         "model_args": run.model.args,
         "classes": run.val_set.classes.to_dict(),
+        "image_hw": run.image_hw,
         "epoch": epoch,
         "args": vars(run.args),
     }
@@ -816,10 +803,7 @@ def resume(run: Run, path: Path, checkpoint: dict, log: Log) -> tuple[int, int]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: Path) -> None:
-    """Loads the momenta; the hyper-parameters stay those of this run's flags.
-
-    Shapes are compared here, since the fused kernels do not, and would read beyond their memory.
-    """
+    """Loads the momenta, whose shapes the fused kernels do not compare; the hyper-parameters stay this run's."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})

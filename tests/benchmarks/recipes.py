@@ -44,8 +44,6 @@ ELEMENTS = {
     "class share 0.5": "--max-class-share 0.5",
     "no dropout": "--dropout 0",
     "scale 0.5 to 2": "--scale-range 0.5 2",
-    "no aux": "--aux-weight 0",
-    "aux weight 1": "--aux-weight 1",
     "half resolution first": "--half-resolution 0.5",
     "paper": "--recipe paper",  # these two without the base
     "best": "--recipe best",
