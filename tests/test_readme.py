@@ -120,9 +120,12 @@ def test_every_command_runs(project):
         if command in ELSEWHERE:
             continue
         program, args, processes = small(command)
-        if program in ("train.py", "tools/streets.py") and "--resume" not in args:
-            for folder in ("runs/checkpoints", "datasets/streets"):  # of the command before
-                shutil.rmtree(project / folder, ignore_errors=folder == "datasets/streets")
+        if program == "train.py" and "--resume" not in args:  # a new run after that of an earlier command
+            out = args[args.index("--out") + 1] if "--out" in args else "runs"
+            for path in (project / out / "checkpoints").glob("[0-9]*.pth"):
+                path.unlink()
+        if program == "tools/streets.py":
+            shutil.rmtree(project / "datasets/streets")
         if processes > 1:
             done = run_script(program, *args, processes=processes, cwd=project)
             assert done.returncode == 0, f"{command}\n{done.stderr}"
@@ -142,14 +145,15 @@ def test_flags_in_the_text_are_flags():
     assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) - known
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_every_script_starts_from_any_folder(program, tmp_path):
-    done = run_script(program, "--help", cwd=tmp_path)
-    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
-    if program.startswith("tools/"):
-        module = program.removesuffix(".py").replace("/", ".")
-        done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
+def test_tools_start_from_any_folder_and_as_modules(tmp_path):
+    for command, folder in (([str(ROOT / "tools/check.py")], tmp_path), (["-m", "tools.check"], ROOT)):
+        done = subprocess.run([sys.executable, *command, "--help"], capture_output=True, text=True, cwd=folder)
         assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
+    for program in PROGRAMS[2:]:
+        text = (ROOT / program).read_text()
+        assert "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))" in text or "from data" not in text, (
+            program
+        )
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
