@@ -4,8 +4,8 @@
     python tools/predict.py PHOTOS drive.mp4 --weights W --out DIR --style labels
     torchrun --nproc_per_node=8 tools/predict.py PHOTOS --weights W               # shares the files out
 
-PHOTOS/a/b.jpg becomes DIR/a/b.jpg_overlay.png, drive.mp4 becomes DIR/drive.mp4_overlay.mp4. Video needs `pip install "av>=17.1"`.
-The last line on stdout is a JSON object. Exit status: 0; 2 for what the user can mend, such as a damaged file; 1 for faults.
+PHOTOS/a/b.jpg becomes DIR/a/b.jpg_overlay.png, drive.mp4 becomes DIR/drive.mp4_overlay.mp4. Video needs PyAV: pip
+install "av>=17.1". The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -36,23 +35,20 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import CITYSCAPES, IMAGE_SUFFIXES, MEAN, STD, Classes, DataError, read_image
+from data import CITYSCAPES, IMAGE_SUFFIXES, Classes, DataError, read_image
 from launch import OneLineParser, UsageError, exit_status, gathered, import_option, start_processes
 from model import MIN_SIZE, CheckpointError, build_from_checkpoint, read_checkpoint
 from ops_ext import accelerate
 
 STYLES = ("overlay", "colour", "labels")
-NOT_IN_STYLE = {"overlay": (), "colour": ("strength",), "labels": ("strength", "legend", "preset")}
 VIDEO_SUFFIXES = tuple(".mp4 .mov .m4v .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .y4m".split())
-RESULT = re.compile(rf"\.\w+_({'|'.join(STYLES)})(\.partial)?\.(png|mp4|mkv)$")  # names that this script gives
-PRESETS = "ultrafast superfast veryfast faster fast medium slow slower veryslow".split()
+RESULT = re.compile(rf"\.\w+_({'|'.join(STYLES)})\.(png|mp4|mkv)$")  # names that this script gives
 PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
-MOST_THREADS = 8  # each holds an image; more threads mostly fill the memory
 BT709, BT601 = 1, 6  # FFmpeg's numbers of the two common YUV matrices
 MATRICES = {BT709, 4, 5, BT601, 7, 9}  # those that FFmpeg converts; the others mean unknown, or RGB
 
 
-# -------------------------------------------------------------------------------------------------------------- painting
+# ------------------------------------------------------------------------------------------------------------- painting
 
 
 @dataclass
@@ -61,13 +57,15 @@ class Painter:
 
     classes: Classes
     style: str = "overlay"  # colours over the image, "colour" for colours alone, "labels" for train ids
-    strength: float = 0.55  # of an overlay's colours, in [0, 1]
-    legend: bool = False  # below the image
+    strength: float = 0.4  # of an overlay's colours, in [0, 1]
+    legend: bool = True  # below images
 
     def paint(self, image: Image.Image, label: np.ndarray) -> Image.Image:
-        """An RGB image and its (H, W) uint8 label map -> RGB image, or mode L for "labels"."""
+        """An RGB image and its (H, W) uint8 label map -> RGB image, or train ids with a palette for "labels"."""
         if self.style == "labels":
-            return Image.fromarray(label)
+            painted = Image.fromarray(label)
+            painted.putpalette(self.classes.palette().tobytes())  # viewers show colours, programs read train ids
+            return painted
         painted = self.classes.colour_map(label)
         if self.style == "overlay":
             painted = Image.blend(image, painted, self.strength)
@@ -78,8 +76,8 @@ class Painter:
 
 
 def legend(classes: Classes, width: int, labels: Iterable[int]) -> Image.Image:
-    """A table of the colours and names of some classes, `width` pixels wide; its height is even."""
-    size = min(max(12, width // 80), 40)  # of the letters, in pixels
+    """A table of the colours and names of some classes, `width` pixels wide."""
+    size = min(max(12, width // 40), 40)  # of the letters, in pixels
     font, row = ImageFont.load_default(size), 2 * size
     shown = [index for index in labels if index < len(classes.names)]
     # Pillow's own font has little more than ASCII.
@@ -95,14 +93,14 @@ def legend(classes: Classes, width: int, labels: Iterable[int]) -> Image.Image:
     return table
 
 
-# ----------------------------------------------------------------------------------------------------------------- video
+# ---------------------------------------------------------------------------------------------------------------- video
 
 
 class VideoReader:
-    """A video, read frame by frame; `damage` says in the end what was wrong with it, or is empty."""
+    """A video, read frame by frame."""
 
     def __init__(self, path: Path):
-        self.av, self.path, self.damage = import_option("av", "video"), path, ""
+        self.av, self.path = import_option("av", "video"), path
         with self.av.open(path) as container:
             stream = container.streams.best("video")
             self.first_frame = next(container.decode(stream), None) if stream else None
@@ -125,10 +123,8 @@ class VideoReader:
 
     def frames(self, sink, sound: dict) -> Iterator:
         """Yields the frames, at increasing times, and copies packets of sound to `sink` on the way."""
-        undecodable, end_s, last, step = 0, 0, None, 1 / (self.stream.average_rate or 25) / self.stream.time_base
+        undecodable, last, step = 0, None, 1 / (self.stream.average_rate or 25) / self.stream.time_base
         for packet in self.container.demux():
-            if packet.pts is not None:
-                end_s = max(end_s, packet.pts * packet.time_base)
             index = packet.stream.index
             if index in sound and packet.dts is not None:
                 packet.stream = sound[index]
@@ -136,22 +132,19 @@ class VideoReader:
             elif index == self.stream.index:
                 try:
                     frames = packet.decode()
-                except self.av.FFmpegError:  # players skip it, too
+                except self.av.FFmpegError:
                     undecodable, frames = undecodable + 1, []
                 for frame in frames:
                     if last is not None and (frame.pts is None or frame.pts <= last):
                         frame.pts = last + max(1, round(step))  # AVI has no times, joined recordings start again at 0
                     last = frame.pts
                     yield frame
-        start_s, duration_s = ((each or 0) / 1e6 for each in (self.container.start_time, self.container.duration))
         if undecodable:
-            self.damage = f"damaged, {undecodable} packets cannot be decoded"
-        elif end_s < start_s + 0.9 * duration_s - 0.25:
-            self.damage = f"ends after {end_s - start_s:.1f} of {duration_s:.1f} s"
+            report(f"{self.path}: damaged, {undecodable} packets that cannot be decoded are left out")
 
 
 class VideoPainter:
-    """Shows label maps of a video's frames as `Painter` does, in planes of Y, U and V with the video's own matrix and range.
+    """Shows label maps of a video's frames as `Painter` does, in planes of Y, U and V with its own matrix and range.
 
     All frames get the size of the first one, made even where the result is in colour, and then become upright.
     """
@@ -168,11 +161,6 @@ class VideoPainter:
         self.keep = np.uint16(256 - strength)
         colours = self.to_yuv(painter.classes.palette()[None])[:, 0]
         self.tables = (strength * colours.astype(int) + 128).astype(np.uint16)  # (3, 256), of Y, U and V
-        self.strip = np.empty((3, 0, self.width), np.uint8)
-        if painter.legend:
-            strip = legend(painter.classes, self.width, range(len(painter.classes.names)))
-            self.strip = self.to_yuv(np.asarray(strip))
-            self.height += strip.height
 
     def to_yuv(self, rgb: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 RGB -> (3, H, W) uint8 Y, U, V."""
@@ -195,21 +183,19 @@ class VideoPainter:
             every = 2 if i else 1  # U and V have half the resolution
             mixed = np.multiply(yuv[i], self.keep, dtype=np.uint16)
             mixed += self.tables[i].take(label[::every, ::every])
-            result[: len(mixed)] = mixed >> 8
-            result[len(mixed) :] = self.strip[i, ::every, ::every]
+            result[:] = mixed >> 8
         return painted
 
-    def add_stream(self, sink, source, preset: str):
+    def add_stream(self, sink, source):
         """A stream of `sink` for the painted frames; `source` is the stream that they come from."""
-        codec = "ffv1" if self.labels else "libx264" if "libx264" in self.av.codecs_available else "mpeg4"
-        options = {"ffv1": {}, "libx264": {"preset": preset, "crf": "23"}, "mpeg4": {"qmin": "3", "qmax": "3"}}[codec]
-        stream = sink.add_stream(codec, rate=source.average_rate or 25, options=options)
+        options = {} if self.labels else {"preset": "ultrafast", "crf": "23"}
+        rate = source.average_rate or 25
+        stream = sink.add_stream("ffv1" if self.labels else "libx264", rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = self.width, self.height, "gray" if self.labels else "yuv420p"
-        context = stream.codec_context
-        context.time_base = Fraction(1, 60000) if codec == "mpeg4" else source.time_base  # MPEG-4 has 16 bits for it
+        stream.codec_context.time_base = source.time_base
         if not self.labels:
             for tag in ("colorspace", "color_range", "color_primaries", "color_trc"):
-                setattr(context, tag, getattr(self.first, tag))
+                setattr(stream.codec_context, tag, getattr(self.first, tag))
         return stream
 
 
@@ -225,7 +211,7 @@ def with_matrix(frame):
     return frame
 
 
-# ------------------------------------------------------------------------------------------------------------ prediction
+# ----------------------------------------------------------------------------------------------------------- prediction
 
 
 def in_order(function: Callable, items: Iterable, threads: int) -> Iterator[Future]:
@@ -248,15 +234,20 @@ class Predictor:
 
     segment: Callable[[Tensor], Tensor]  # of ops_ext.accelerate
     painter: Painter
-    preset: str  # of x264
+    image_hw: tuple[int, int] | None  # of the images that the network was trained on; None to resize nothing
     threads: int
     lock: contextlib.AbstractContextManager  # around the network; an accelerator runs one image at a time
     progress: bool
 
     def segment_image(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 RGB -> (H, W) uint8 label map."""
+        """(H, W, 3) uint8 RGB -> (H, W) uint8 label map, by the network at the scale at which it was trained."""
+        height, width = image.shape[:2]
+        if self.image_hw:
+            scale = math.sqrt(math.prod(self.image_hw) / (height * width))
+            size = [max(MIN_SIZE, round(side * scale)) for side in (width, height)]
+            image = np.array(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
         with self.lock:
-            return self.segment(torch.from_numpy(image)[None])[0].cpu().numpy()
+            return self.segment(torch.from_numpy(image)[None], (height, width))[0].cpu().numpy()
 
     def segment_picture(self, paths: tuple[Path, Path]) -> None:
         """Image file to image file."""
@@ -275,7 +266,7 @@ class Predictor:
         return painted
 
     def segment_video(self, source: Path, target: Path) -> int:
-        """Video file to video file; the number of frames. What can be decoded of a damaged one becomes NAME.partial.mp4."""
+        """Video file to video file; the number of frames."""
         av, count = import_option("av", "video"), 0
         try:
             reader = VideoReader(source)
@@ -284,23 +275,16 @@ class Predictor:
             options = {"output_ts_offset": f"{-(reader.container.start_time or 0)}us", "strict": "unofficial"}
             with reader.container, complete_file(target) as unfinished:
                 with av.open(unfinished, "w", format="matroska" if painter.labels else "mp4", options=options) as sink:
-                    video = painter.add_stream(sink, reader.stream, self.preset)
+                    video = painter.add_stream(sink, reader.stream)
                     frames = reader.frames(sink, sound={} if painter.labels else reader.add_sound(sink))
                     done = in_order(partial(self.segment_frame, painter=painter), frames, self.threads)
-                    for future in self.bar(done, source.name, reader.stream.frames):
+                    for future in tqdm(done, source.name, reader.stream.frames, False, disable=not self.progress):
                         sink.mux(video.encode(future.result()))
                         count += 1
                     sink.mux(video.encode(None))
-                if reader.damage:
-                    kept = target.with_name(f"{target.stem}.partial{target.suffix}")
-                    os.replace(unfinished, kept)
-                    raise DataError(f"{source}: {reader.damage}; {kept} holds the {count} frames that could be decoded")
         except av.FFmpegError as error:
             raise DataError(f"{source}: cannot be segmented ({error.strerror}); convert it, or leave it out") from None
         return count
-
-    def bar(self, items: Iterable, name: str, total: int) -> tqdm:
-        return tqdm(items, name, total or None, leave=False, disable=not self.progress)
 
 
 def check_size(path: Path, width: int, height: int) -> None:
@@ -308,7 +292,7 @@ def check_size(path: Path, width: int, height: int) -> None:
         raise DataError(f"{path}: {width}x{height} pixels, expected at least {MIN_SIZE}x{MIN_SIZE}; enlarge it")
 
 
-# ----------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def find_files(paths: Sequence[str], out: Path, style: str) -> tuple[list[tuple[Path, Path]], list[tuple[Path, Path]]]:
@@ -375,7 +359,7 @@ def report(message: object) -> None:
     tqdm.write(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command line
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -387,11 +371,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="checkpoint of train.py, or of Tramac, SegmenTron, MMSegmentation")  # fmt: skip
     add("--out", type=Path, default="runs/predictions", metavar="DIR", help="folder to write to (default: %(default)s)")
     add("--style", choices=STYLES, default="overlay",
-        help="colours over the image; colours alone; or train ids, 8 bits a pixel, lossless (default: %(default)s)")  # fmt: skip
-    add("--strength", type=float, default=0.55, help="of an overlay's colours, 0 to 1 (default: %(default)s)")
-    add("--legend", action="store_true", help="name the colours in a strip below the image or video")
-    add("--preset", choices=PRESETS, default="ultrafast",
-        help="x264's, for video; veryfast: half the bytes, encoding takes three times as long (default: %(default)s)")  # fmt: skip
+        help="colours over the image; colours alone; or train ids, lossless (default: %(default)s)")  # fmt: skip
+    add("--strength", type=float, default=0.4, help="of an overlay's colours, 0 to 1 (default: %(default)s)")
+    add("--legend", action=argparse.BooleanOptionalAction, default=True, help="name the colours below each image")
+    add("--size", type=int, nargs=2, metavar=("H", "W"),
+        help="for the network, resize images to as many pixels (default: size of the training images)")  # fmt: skip
     add("--amp", choices=PRECISIONS, default="auto",
         help="precision of the convolutions; auto is the fastest, off is float32 (default: %(default)s)")  # fmt: skip
     add("--device", help="cpu, cuda, ... (default: the machine's accelerator, or else the CPU)")
@@ -400,11 +384,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Segments the files that the command line names; the exit status."""
-    parser = get_args_parser()
-    args = parser.parse_args(argv)
-    for flag in NOT_IN_STYLE[args.style]:
-        if getattr(args, flag) != parser.get_default(flag):
-            raise UsageError(f"--{flag} has no effect with --style {args.style}; leave it out")
+    args = get_args_parser().parse_args(argv)
     if not 0 <= args.strength <= 1:
         raise UsageError(f"--strength is {args.strength}, expected 0 to 1")
     images, videos = find_files(args.paths, args.out, args.style)
@@ -414,21 +394,23 @@ def main(argv: list[str] | None = None) -> int:
     # A peer's weights have no class names; 19 classes are those of Cityscapes.
     classes = Classes.from_dict(checkpoint["classes"]) if "classes" in checkpoint else CITYSCAPES
     model = build_from_checkpoint(checkpoint, args.weights, len(classes.names))
+    image_hw = args.size or checkpoint.get("image_hw") or ((1024, 2048) if classes == CITYSCAPES else None)
     device, rank, world_size = start_processes(args.device, timeout_minutes=24 * 60)  # some get the longer videos
 
     # On the CPU, a thread for each image is faster than several threads for one.
-    threads = min(torch.get_num_threads(), MOST_THREADS)
+    threads = min(torch.get_num_threads(), 8)  # each holds an image: more mostly fill the memory
     torch.set_num_threads(1)
     predictor = Predictor(
-        segment=accelerate(model, device=device, precision=PRECISIONS[args.amp], mean=MEAN, std=STD),
+        segment=accelerate(model, device=device, precision=PRECISIONS[args.amp]),
         painter=Painter(classes, args.style, args.strength, args.legend),
-        preset=args.preset,
+        image_hw=image_hw,
         threads=threads,
         lock=contextlib.nullcontext() if device.type == "cpu" else threading.Lock(),
         progress=rank == 0 and sys.stderr.isatty(),
     )
     share = images[rank::world_size]
-    done = predictor.bar(in_order(predictor.segment_picture, share, threads), "images", len(share))
+    done = in_order(predictor.segment_picture, share, threads)
+    done = tqdm(done, "images", len(share), False, disable=not predictor.progress)
     written = gathered(successes(future.result for future in done), world_size)
     start = time.perf_counter()
     share = videos[rank::world_size]
@@ -437,8 +419,10 @@ def main(argv: list[str] | None = None) -> int:
 
     failed = len(images) + len(videos) - len(written) - len(frames)
     if rank == 0:
-        text = f"wrote {len(written)} images and {len(frames)} videos to {args.out}"
-        print(f"{text}; {failed} files failed, see above" if failed else text)
+        scale = (
+            "for the network all were resized to about {}x{} pixels".format(*image_hw) if image_hw else "not resized"
+        )
+        print(f"wrote {len(written)} images and {len(frames)} videos to {args.out}; {scale}; {failed} files failed")
         result = {"images": len(written), "videos": len(frames), "frames": sum(frames)}
         print(json.dumps({**result, "out": str(args.out), "style": args.style, "fps": fps}), flush=True)
     return 2 if failed else 0
