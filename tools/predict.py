@@ -96,112 +96,14 @@ def legend(classes: Classes, width: int, labels: Iterable[int]) -> Image.Image:
 # ---------------------------------------------------------------------------------------------------------------- video
 
 
-class VideoReader:
-    """A video, read frame by frame."""
-
-    def __init__(self, path: Path):
-        self.av, self.path = import_option("av", "video"), path
-        with self.av.open(path) as container:
-            stream = container.streams.best("video")
-            self.first_frame = next(container.decode(stream), None) if stream else None
-        if self.first_frame is None:
-            raise DataError(f"{path}: holds no video")
-        check_size(path, self.first_frame.width, self.first_frame.height)
-        self.container = self.av.open(path)
-        self.stream = self.container.streams.best("video")
-        self.stream.thread_type = "AUTO"
-
-    def add_sound(self, sink) -> dict:
-        """Adds streams of sound to `sink`, where its container takes them; the keys are their indices in this video."""
-        streams = {}
-        for stream in self.container.streams.audio:
-            try:
-                streams[stream.index] = sink.add_stream_from_template(stream)
-            except ValueError as error:
-                report(f"{self.path}: sound is left out ({error})")
-        return streams
-
-    def frames(self, sink, sound: dict) -> Iterator:
-        """Yields the frames, at increasing times, and copies packets of sound to `sink` on the way."""
-        undecodable, last, step = 0, None, 1 / (self.stream.average_rate or 25) / self.stream.time_base
-        for packet in self.container.demux():
-            index = packet.stream.index
-            if index in sound and packet.dts is not None:
-                packet.stream = sound[index]
-                sink.mux(packet)
-            elif index == self.stream.index:
-                try:
-                    frames = packet.decode()
-                except self.av.FFmpegError:
-                    undecodable, frames = undecodable + 1, []
-                for frame in frames:
-                    if last is not None and (frame.pts is None or frame.pts <= last):
-                        frame.pts = last + max(1, round(step))  # AVI has no times, joined recordings start again at 0
-                    last = frame.pts
-                    yield frame
-        if undecodable:
-            report(f"{self.path}: damaged, {undecodable} packets that cannot be decoded are left out")
-
-
-class VideoPainter:
-    """Shows label maps of a video's frames as `Painter` does, in planes of Y, U and V with its own matrix and range.
-
-    All frames get the size of the first one, made even where the result is in colour, and then become upright.
-    """
-
-    def __init__(self, painter: Painter, first):
-        self.av = import_option("av", "video")
-        self.first, self.labels = with_matrix(first), painter.style == "labels"
-        self.turns = round(first.rotation / 90)  # to the left
-        self.read_size = first.width, first.height
-        if not self.labels:
-            self.read_size = first.width + first.width % 2, first.height + first.height % 2
-        self.width, self.height = self.read_size[::-1] if self.turns % 2 else self.read_size
-        strength = round(256 * painter.strength) if painter.style == "overlay" else 256
-        self.keep = np.uint16(256 - strength)
-        colours = self.to_yuv(painter.classes.palette()[None])[:, 0]
-        self.tables = (strength * colours.astype(int) + 128).astype(np.uint16)  # (3, 256), of Y, U and V
-
-    def to_yuv(self, rgb: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 RGB -> (3, H, W) uint8 Y, U, V."""
-        frame = self.av.VideoFrame.from_ndarray(rgb, format="rgb24")
-        matrix, levels = self.first.colorspace, self.first.color_range
-        return frame.to_ndarray(format="yuv444p", dst_colorspace=matrix, dst_color_range=levels)
-
-    def read(self, frame) -> tuple[np.ndarray, list[np.ndarray]]:
-        """A decoded frame -> (H, W, 3) uint8 RGB for the network, and Y (H, W), U and V (H / 2, W / 2)."""
-        frame = with_matrix(frame).reformat(*self.read_size, "yuv420p")
-        rgb, *yuv = (np.rot90(each, self.turns) for each in (frame.to_ndarray(format="rgb24"), *planes(frame)))
-        return np.ascontiguousarray(rgb), yuv
-
-    def paint(self, yuv: list[np.ndarray], label: np.ndarray):
-        """The planes of a frame and its (H, W) uint8 label map -> the frame to encode."""
-        if self.labels:
-            return self.av.VideoFrame.from_ndarray(label, format="gray")
-        painted = self.av.VideoFrame(self.width, self.height, "yuv420p")
-        for i, result in enumerate(planes(painted)):
-            every = 2 if i else 1  # U and V have half the resolution
-            mixed = np.multiply(yuv[i], self.keep, dtype=np.uint16)
-            mixed += self.tables[i].take(label[::every, ::every])
-            result[:] = mixed >> 8
-        return painted
-
-    def add_stream(self, sink, source):
-        """A stream of `sink` for the painted frames; `source` is the stream that they come from."""
-        options = {} if self.labels else {"preset": "ultrafast", "crf": "23"}
-        rate = source.average_rate or 25
-        stream = sink.add_stream("ffv1" if self.labels else "libx264", rate=rate, options=options)
-        stream.width, stream.height, stream.pix_fmt = self.width, self.height, "gray" if self.labels else "yuv420p"
-        stream.codec_context.time_base = source.time_base
-        if not self.labels:
-            for tag in ("colorspace", "color_range", "color_primaries", "color_trc"):
-                setattr(stream.codec_context, tag, getattr(self.first, tag))
-        return stream
-
-
-def planes(frame) -> list[np.ndarray]:
-    """Views of a frame's planes, (height, width) uint8."""
-    return [np.frombuffer(each, np.uint8).reshape(each.height, -1)[:, : each.width] for each in frame.planes]
+def first_frame(path: Path):
+    """The first frame of a video, with a matrix. Raises DataError for a file without video."""
+    with import_option("av", "video").open(path) as container:
+        frame = next(container.decode(video=0), None) if container.streams.video else None
+    if frame is None:
+        raise DataError(f"{path}: holds no video")
+    check_size(path, frame.width, frame.height)
+    return with_matrix(frame)
 
 
 def with_matrix(frame):
@@ -209,6 +111,68 @@ def with_matrix(frame):
     if frame.colorspace not in MATRICES:
         frame.colorspace = BT709 if frame.height >= 720 else BT601
     return frame
+
+
+def planes(frame) -> list[np.ndarray]:
+    """Views of a frame's Y, U and V, (height, width) uint8."""
+    return [np.frombuffer(each, np.uint8).reshape(each.height, -1)[:, : each.width] for each in frame.planes]
+
+
+def yuv_colours(painter: Painter, first) -> np.ndarray:
+    """(3, 256) uint16: 256 times Y, U and V of what each train id adds to a pixel, with the matrix of the frame."""
+    frame = type(first).from_ndarray(painter.classes.palette()[None], format="rgb24")
+    options = {"dst_colorspace": first.colorspace, "dst_color_range": first.color_range}
+    colours = frame.to_ndarray(format="yuv444p", **options)[:, 0].astype(int)
+    strength = painter.strength if painter.style == "overlay" else 1.0
+    return (round(256 * strength) * colours + 128).astype(np.uint16)
+
+
+def add_streams(sink, container, first, style: str) -> tuple:
+    """The video stream of `sink`, and its streams of sound by their indices in `container`.
+
+    Sound is copied where the file format takes it. Colours are tagged as those of the first frame.
+    """
+    source = container.streams.video[0]
+    rate = source.average_rate or 25
+    if style == "labels":
+        video = sink.add_stream("ffv1", rate=rate)
+        video.pix_fmt, video.codec_context.time_base = "gray", source.time_base
+        return video, {}
+    video = sink.add_stream("libx264", rate=rate, options={"preset": "ultrafast", "crf": "23"})
+    video.pix_fmt, video.codec_context.time_base = "yuv420p", source.time_base
+    for tag in ("colorspace", "color_range", "color_primaries", "color_trc"):
+        setattr(video.codec_context, tag, getattr(first, tag))
+    sound = {}
+    for stream in container.streams.audio:
+        try:
+            sound[stream.index] = sink.add_stream_from_template(stream)
+        except ValueError as error:
+            report(f"{container.name}: sound is left out ({error})")
+    return video, sound
+
+
+def demux_frames(container, sink, sound: dict) -> Iterator:
+    """Yields the frames of a video, at increasing times, and copies packets of sound to `sink` on the way."""
+    av, video = import_option("av", "video"), container.streams.video[0]
+    video.thread_type = "AUTO"
+    damaged, last, step = 0, None, 1 / (video.average_rate or 25) / video.time_base
+    for packet in container.demux():
+        index = packet.stream.index
+        if index in sound and packet.dts is not None:
+            packet.stream = sound[index]
+            sink.mux(packet)
+        elif index == video.index:
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                damaged, frames = damaged + 1, []
+            for frame in frames:
+                if last is not None and (frame.pts is None or frame.pts <= last):
+                    frame.pts = last + max(1, round(step))  # AVI has no times, joined recordings start again at 0
+                last = frame.pts
+                yield frame
+    if damaged:
+        report(f"{container.name}: damaged, {damaged} packets that cannot be decoded are left out")
 
 
 # ----------------------------------------------------------------------------------------------------------- prediction
@@ -258,28 +222,45 @@ class Predictor:
         with complete_file(target) as unfinished:
             painted.save(unfinished, "PNG", compress_level=1)  # a quarter of the time for a tenth more bytes
 
-    def segment_frame(self, frame, painter: VideoPainter):
-        """Decoded frame to painted frame."""
-        rgb, yuv = painter.read(frame)
-        painted = painter.paint(yuv, self.segment_image(rgb))
+    def segment_frame(self, frame, first, colours: np.ndarray):
+        """A decoded frame -> the painted frame, upright, of the even size of the first one; `colours`: `yuv_colours`."""
+        size = (side + side % 2 for side in (first.width, first.height))  # as 4:2:0 needs
+        turns = round(first.rotation / 90)  # to the left
+        frame = with_matrix(frame).reformat(*size, format="yuv420p")
+        label = self.segment_image(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns)))
+        if self.painter.style == "labels":
+            painted = type(frame).from_ndarray(label, format="gray")
+        else:
+            painted = type(frame)(label.shape[1], label.shape[0], "yuv420p")
+            strength = self.painter.strength if self.painter.style == "overlay" else 1.0
+            keep = np.uint16(256 - round(256 * strength))
+            for i, (source, target) in enumerate(zip(planes(frame), planes(painted))):
+                step = 2 if i else 1  # U and V have half the resolution
+                mixed = np.multiply(np.rot90(source, turns), keep, dtype=np.uint16)
+                mixed += colours[i].take(label[::step, ::step])
+                target[:] = mixed >> 8
         painted.pts, painted.time_base = frame.pts, frame.time_base
         return painted
 
     def segment_video(self, source: Path, target: Path) -> int:
         """Video file to video file; the number of frames."""
-        av, count = import_option("av", "video"), 0
+        av, style, count = import_option("av", "video"), self.painter.style, 0
         try:
-            reader = VideoReader(source)
-            painter = VideoPainter(self.painter, reader.first_frame)
-            # Recordings may start at any time; "unofficial" allows, for instance, MP3 of 8 kHz.
-            options = {"output_ts_offset": f"{-(reader.container.start_time or 0)}us", "strict": "unofficial"}
-            with reader.container, complete_file(target) as unfinished:
-                with av.open(unfinished, "w", format="matroska" if painter.labels else "mp4", options=options) as sink:
-                    video = painter.add_stream(sink, reader.stream)
-                    frames = reader.frames(sink, sound={} if painter.labels else reader.add_sound(sink))
-                    done = in_order(partial(self.segment_frame, painter=painter), frames, self.threads)
-                    for future in tqdm(done, source.name, reader.stream.frames, False, disable=not self.progress):
-                        sink.mux(video.encode(future.result()))
+            first = first_frame(source)
+            with av.open(source) as container, complete_file(target) as unfinished:
+                # Recordings may start at any time; "unofficial" allows, for instance, MP3 of 8 kHz.
+                options = {"output_ts_offset": f"{-(container.start_time or 0)}us", "strict": "unofficial"}
+                with av.open(unfinished, "w", "matroska" if style == "labels" else "mp4", options) as sink:
+                    video, sound = add_streams(sink, container, first, style)
+                    frames = demux_frames(container, sink, sound)
+                    segment = partial(self.segment_frame, first=first, colours=yuv_colours(self.painter, first))
+                    done = in_order(segment, frames, self.threads)
+                    total = container.streams.video[0].frames
+                    for future in tqdm(done, source.name, total, False, disable=not self.progress):
+                        frame = future.result()
+                        if not count:
+                            video.width, video.height = frame.width, frame.height
+                        sink.mux(video.encode(frame))
                         count += 1
                     sink.mux(video.encode(None))
         except av.FFmpegError as error:
