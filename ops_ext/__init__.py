@@ -1,4 +1,4 @@
-"""The operations around the network: class scores to label maps, class scores to a loss, label maps to a confusion matrix.
+"""The operations around the network: class scores to label maps, class scores to a loss.
 
 Each is stated as its plain PyTorch one-liner, and `x_reference` is that one-liner. On the CPU and on NVIDIA GPUs kernels run
 that never write class scores at full resolution; they are compiled on first use, or by `python -m ops_ext`, which needs a C++
@@ -30,18 +30,12 @@ from .fused import FusedFastSCNN, median_ms
 
 __all__ = [
     "accelerate",
-    "confusion_matrix",
-    "confusion_matrix_reference",
     "fast_precision",
     "implementations",
-    "overlay_plane",
-    "overlay_plane_reference",
     "upsample_argmax",
     "upsample_argmax_reference",
     "upsample_cross_entropy",
     "upsample_cross_entropy_reference",
-    "yuv420_to_rgb",
-    "yuv420_to_rgb_reference",
 ]
 
 MAX_CLASSES = 256  # label maps are uint8
@@ -62,7 +56,7 @@ def implementations(device: torch.device | str | None = None) -> dict[str, str]:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     device_type = torch.device(device).type
     name = device_type if _compiled(device_type) else "reference"
-    return dict.fromkeys(("upsample_argmax", "upsample_cross_entropy", "confusion_matrix"), name)
+    return dict.fromkeys(("upsample_argmax", "upsample_cross_entropy"), name)
 
 
 # ---------------------------------------------------------------------------------------------------- loading the kernels
@@ -97,7 +91,6 @@ def _load(backend: str) -> bool:
         torch.library.register_autograd(
             "ops_ext::upsample_cross_entropy", _cross_entropy_backward, setup_context=_cross_entropy_context
         )
-        torch.library.register_fake("ops_ext::confusion_matrix", _confusion_fake)
     return True
 
 
@@ -297,138 +290,6 @@ def _cross_entropy_backward(ctx, loss_grad, _total_grad, _grad_grad):
         pixel_grad = loss_grad if ctx.per_pixel else loss_grad.expand(target.shape)
         grad = torch.ops.ops_ext.upsample_cross_entropy_backward(pixel_grad, logits, target, weight, *ctx.options)
     return grad.to(ctx.dtype), None, None, None, None, None, None, None
-
-
-# ------------------------------------------------------------------------------------------------------- confusion_matrix
-
-
-def confusion_matrix_reference(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
-    """`confusion_matrix` in plain PyTorch."""
-    valid = target.long() != ignore_index  # beside uint8 PyTorch takes the number modulo 256: -100 would be label 156
-    truth, guess = target[valid].long(), prediction[valid].long()
-    _check_range("target", truth, num_classes)
-    _check_range("prediction", guess, num_classes)
-    return torch.bincount(truth * num_classes + guess, minlength=num_classes**2).view(num_classes, num_classes)
-
-
-def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
-    """How often each true class was predicted as each class. On CUDA this waits for the device, to look for bad labels.
-
-    Args:
-        prediction: label maps of any shape, uint8 or int64, in [0, num_classes) wherever the target is not ignored.
-        target: true label maps of the same shape, in [0, num_classes) or `ignore_index`.
-        num_classes: number of classes.
-        ignore_index: label of pixels that do not count.
-
-    Returns:
-        (num_classes, num_classes) int64, rows are the truth, columns the prediction.
-
-    Raises:
-        ValueError: shapes or devices that differ, wrong dtype, no class.
-        RuntimeError: labels outside the range.
-    """
-    _check_labels("prediction", prediction)
-    _check_labels("target", target)
-    if prediction.shape != target.shape:
-        raise ValueError(f"prediction has shape {tuple(prediction.shape)}, expected the target's {tuple(target.shape)}")
-    _check_device("prediction", prediction, "target", target)
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}, expected at least 1")
-    if not _compiled(target.device.type):
-        return confusion_matrix_reference(prediction, target, num_classes, ignore_index)
-    return torch.ops.ops_ext.confusion_matrix(prediction, target, num_classes, ignore_index)
-
-
-def _confusion_fake(prediction, target, num_classes, ignore_index):
-    return target.new_empty((num_classes, num_classes), dtype=torch.int64)
-
-
-# ---------------------------------------------------------------------------------------------------------- yuv420_to_rgb
-
-
-def yuv420_to_rgb_reference(planes: Tensor, out: Tensor, kr: float, kb: float, full_range: bool = False) -> Tensor:
-    """`yuv420_to_rgb` in plain PyTorch."""
-    height, width = out.shape[:2]
-    y, chroma = planes.split([height * width, planes.numel() - height * width])
-    u, v = (
-        (chroma.view(2, (height + 1) // 2, -1).int() - 128).repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :height, :width]
-    )
-    black, luma, red_v, green_u, green_v, blue_u = _colour_matrix(kr, kb, full_range)
-    light = luma * (y.view(height, width).int() - black) + (1 << 15)
-    colours = torch.stack([light + red_v * v, light + green_u * u + green_v * v, light + blue_u * u], -1)
-    return out.copy_((colours >> 16).clamp(0, 255))
-
-
-def yuv420_to_rgb(planes: Tensor, out: Tensor, kr: float = 0.299, kb: float = 0.114, full_range: bool = False) -> Tensor:
-    """RGB of a video frame in YUV 4:2:0, on the CPU; of 4 pixels that share U and V each gets these as they are.
-
-    Args:
-        planes: contiguous uint8, (H, W) of Y, then (ceil(H/2), ceil(W/2)) of U, then of V.
-        out: (H, W, 3) uint8, contiguous: the result's memory.
-        kr, kb: shares of red and blue in Y; the defaults are BT.601's, BT.709 has 0.2126 and 0.0722.
-        full_range: Y is from 0 to 255 rather than from 16 to 235, U and V accordingly.
-
-    Returns:
-        out.
-
-    Raises:
-        ValueError: another dtype, shape, number of values or device.
-    """
-    if out.dtype != torch.uint8 or out.ndim != 3 or out.shape[2] != 3 or out.numel() == 0 or not out.is_contiguous():
-        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, expected contiguous uint8 (H, W, 3), not empty")
-    height, width = out.shape[:2]
-    size = height * width + 2 * ((height + 1) // 2) * ((width + 1) // 2)
-    if planes.dtype != torch.uint8 or planes.numel() != size or not planes.is_contiguous():
-        raise ValueError(
-            f"planes are {planes.dtype} {tuple(planes.shape)}, expected {size} contiguous uint8 for {height}x{width}"
-        )
-    if planes.device.type != "cpu" or out.device.type != "cpu":
-        raise ValueError(f"planes are on {planes.device}, out on {out.device}, expected the CPU")
-    if not _compiled("cpu"):
-        return yuv420_to_rgb_reference(planes.flatten(), out, kr, kb, full_range)
-    torch.ops.ops_ext.yuv420_to_rgb(planes, *_colour_matrix(kr, kb, full_range), out)
-    return out
-
-
-@functools.cache
-def _colour_matrix(kr: float, kb: float, full_range: bool) -> tuple[int, ...]:
-    """Y that is black, and what Y, V, U and V, U add to red, green and blue, in multiples of 2^-16."""
-    black, light, colour = (0, 255, 255) if full_range else (16, 219, 224)
-    red_v, blue_u = 2 - 2 * kr, 2 - 2 * kb
-    factors = (red_v, -blue_u * kb / (1 - kr - kb), -red_v * kr / (1 - kr - kb), blue_u)
-    return black, round(2**16 * 255 / light), *(round(2**16 * 255 / colour * factor) for factor in factors)
-
-
-# ----------------------------------------------------------------------------------------------------------- overlay_plane
-
-
-def overlay_plane_reference(plane: Tensor, labels: Tensor, colours: Tensor, keep: int, out: Tensor, step: int = 1) -> Tensor:
-    """`overlay_plane` in plain PyTorch."""
-    rows, columns = (torch.arange(size) for size in out.shape)
-    pixels = plane[rows.clamp(max=plane.shape[0] - 1)][:, columns.clamp(max=plane.shape[1] - 1)]
-    ids = labels[(step * rows).clamp(max=labels.shape[0] - 1)][:, (step * columns).clamp(max=labels.shape[1] - 1)]
-    return out.copy_((pixels.int() * keep + 128 >> 8) + colours[ids.int()])
-
-
-def overlay_plane(plane: Tensor, labels: Tensor, colours: Tensor, keep: int, out: Tensor, step: int = 1) -> Tensor:
-    """A label map's colours over one plane of a video frame, on the CPU: round(plane * keep / 256) + colours[labels].
-
-    Args:
-        plane: (h, w) uint8.
-        labels: (H, W) uint8; of every `step` rows and columns the first ones count.
-        colours: (256,) uint8, at most 255 * (256 - keep) / 256: what is added for each label.
-        keep: what remains of the plane, 0 to 256.
-        out: uint8, the result's memory, which may be the plane's. Beyond the plane, and the labels, their last rows and columns
-            go on.
-        step: 2 for the planes of U and V in 4:2:0.
-
-    Returns:
-        out.
-    """
-    if not _compiled("cpu"):
-        return overlay_plane_reference(plane, labels, colours, keep, out, step)
-    torch.ops.ops_ext.overlay_plane(plane, labels, colours, keep, step, out)
-    return out
 
 
 # ------------------------------------------------------------------------------------------------------------- deployment

@@ -130,22 +130,6 @@ inline void check_cross_entropy(const Tensor& logits, const Tensor& target, cons
   }
 }
 
-inline void check_confusion(const Tensor& prediction, const Tensor& target, int64_t num_classes) {
-  check(is_label(prediction.scalar_type()), "prediction has another dtype than expected, uint8 or int64");
-  check(is_label(target.scalar_type()), "target has another dtype than expected, uint8 or int64");
-  bool same = prediction.dim() == target.dim();
-  for (int64_t d = 0; same && d < target.dim(); ++d) same = prediction.size(d) == target.size(d);
-  check(same, "prediction has shape ", shape(prediction), ", expected the target's ", shape(target));
-  check(same_device(prediction, target), "prediction is on another device than the target");
-  check(num_classes >= 1, "num_classes is ", num_classes, ", expected at least 1");
-}
-
-inline std::string outside(const char* name, int64_t label, int64_t num_classes) {
-  std::ostringstream text;
-  text << name << " holds " << label << ", expected labels from 0 to " << num_classes - 1;
-  return text.str();
-}
-
 // Gradients are accumulated in the loss's dtype, in the logits' memory format.
 inline Tensor empty_gradient(const Tensor& logits) {
   const auto size = logits.sizes(), stride = logits.strides();
@@ -173,10 +157,6 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
         "bool align_corners, bool per_pixel, bool with_grad) -> (Tensor, Tensor, Tensor)");
   m.def("upsample_cross_entropy_backward(Tensor pixel_grad, Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
         "float label_smoothing, bool align_corners) -> Tensor");
-  m.def("confusion_matrix(Tensor prediction, Tensor target, int num_classes, int ignore_index) -> Tensor");
-  m.def("yuv420_to_rgb(Tensor planes, int black, int luma, int red_v, int green_u, int green_v, int blue_u, "
-        "Tensor(a!) out) -> ()");
-  m.def("overlay_plane(Tensor plane, Tensor labels, Tensor colours, int keep, int step, Tensor(a!) out) -> ()");
 }
 
 }  // namespace ops_ext

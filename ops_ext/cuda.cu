@@ -454,76 +454,6 @@ Tensor upsample_cross_entropy_backward(const Tensor& pixel_grad, const Tensor& l
                                        loss_terms<float>(logits, target, weight, ignore_index, label_smoothing), align_corners);
 }
 
-// ----------------------------------------------------------------------------------------------------------- confusion_matrix
-
-constexpr int SHARED_BINS = 4096;  // of a block: up to 64 classes; more are counted in global memory
-constexpr int RUN = 32;            // neighbouring pixels per thread and step, of which equal ones are counted together
-
-// Counts are integers, so that atomic additions give the same sum in any order. bad: whether there was a label outside the
-// range, which map held the first one seen (0 target, 1 prediction), and that label.
-template <class Guess, class Truth>
-__global__ void count_pairs(const Guess* guess, const Truth* truth, int64_t size, int64_t classes, int64_t ignore_index,
-                            unsigned long long* out, unsigned long long* bad) {
-  __shared__ unsigned shared[SHARED_BINS];
-  const int64_t bins = classes * classes;
-  const bool local = bins <= SHARED_BINS;
-  if (local)
-    for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) shared[bin] = 0;
-  __syncthreads();
-  const auto add = [&](int64_t bin, unsigned count) {
-    if (count == 0) return;
-    if (local)
-      atomicAdd(&shared[bin], count);
-    else
-      atomicAdd(&out[bin], static_cast<unsigned long long>(count));
-  };
-  const int64_t begin = thread_index() * RUN, end = begin + RUN < size ? begin + RUN : size;
-  int64_t current = 0;
-  unsigned count = 0;
-  for (int64_t at = begin; at < end; ++at) {
-    const int64_t t = truth[at], p = guess[at];
-    if (t == ignore_index) continue;
-    const bool bad_truth = t < 0 || t >= classes;
-    if (bad_truth || p < 0 || p >= classes) {
-      if (atomicCAS(&bad[0], 0ull, 1ull) == 0) bad[1] = !bad_truth, bad[2] = static_cast<unsigned long long>(bad_truth ? t : p);
-      continue;
-    }
-    const int64_t bin = t * classes + p;
-    if (bin != current) add(current, count), current = bin, count = 0;
-    ++count;
-  }
-  add(current, count);
-  __syncthreads();
-  if (local)
-    for (int bin = threadIdx.x; bin < bins; bin += blockDim.x)
-      if (shared[bin]) atomicAdd(&out[bin], static_cast<unsigned long long>(shared[bin]));
-}
-
-template <class Guess, class Truth>
-void count(const OnDeviceOf& device, const Tensor& guess, const Tensor& truth, int64_t classes, int64_t ignore_index,
-           unsigned long long* out, unsigned long long* bad) {
-  device.launch(count_pairs<Guess, Truth>, (truth.numel() + RUN - 1) / RUN, static_cast<const Guess*>(guess.const_data_ptr()),
-                static_cast<const Truth*>(truth.const_data_ptr()), truth.numel(), classes, ignore_index, out, bad);
-}
-
-Tensor confusion_matrix(const Tensor& prediction, const Tensor& target, int64_t num_classes, int64_t ignore_index) {
-  check_confusion(prediction, target, num_classes);
-  const OnDeviceOf device(target);
-  const Tensor guess = torch::stable::contiguous(prediction), truth = torch::stable::contiguous(target);
-  Tensor out = torch::stable::new_zeros(target, {num_classes, num_classes}, ScalarType::Long);
-  Tensor bad = torch::stable::new_zeros(target, {3}, ScalarType::Long);
-  const bool wide_guess = guess.scalar_type() == ScalarType::Long, wide_truth = truth.scalar_type() == ScalarType::Long;
-  const auto run = wide_guess ? (wide_truth ? count<int64_t, int64_t> : count<int64_t, uint8_t>)
-                              : (wide_truth ? count<uint8_t, int64_t> : count<uint8_t, uint8_t>);
-  auto* const bad_on_device = static_cast<unsigned long long*>(bad.mutable_data_ptr());
-  run(device, guess, truth, num_classes, ignore_index, static_cast<unsigned long long*>(out.mutable_data_ptr()), bad_on_device);
-  int64_t seen[3] = {};
-  check_cuda(cudaMemcpyAsync(seen, bad_on_device, sizeof(seen), cudaMemcpyDeviceToHost, device.stream));
-  check_cuda(cudaStreamSynchronize(device.stream));
-  check(!seen[0], outside(seen[1] ? "prediction" : "target", seen[2], num_classes));
-  return out;
-}
-
 }  // namespace
 }  // namespace ops_ext
 
@@ -531,5 +461,4 @@ STABLE_TORCH_LIBRARY_IMPL(ops_ext, CUDA, m) {
   m.impl("upsample_argmax", TORCH_BOX(&ops_ext::upsample_argmax));
   m.impl("upsample_cross_entropy", TORCH_BOX(&ops_ext::upsample_cross_entropy));
   m.impl("upsample_cross_entropy_backward", TORCH_BOX(&ops_ext::upsample_cross_entropy_backward));
-  m.impl("confusion_matrix", TORCH_BOX(&ops_ext::confusion_matrix));
 }

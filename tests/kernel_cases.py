@@ -126,31 +126,3 @@ def check_cross_entropy(ops, device: torch.device, case: tuple) -> None:
         scale = wanted.abs().max().item() + 0.05 * valid.any().item()
         assert ((value.cpu().double() - wanted).abs() <= tolerance * scale).all(), name
     assert (each.cpu()[~valid] == 0).all()
-
-
-def confusion_case(seed: int) -> tuple:
-    rng = _seeded(seed)
-    num_classes = rng.choice([1, 2, 11, 19, 64, 65, 256, 300])
-    shape = [rng.randint(0, 3), rng.randint(1, 40), rng.randint(1, 60)][rng.randint(0, 2) :]
-    block = rng.choice([1, 1, 20])  # constant runs
-    ignore_index = rng.choice([255, 0, -1])
-    maps = []
-    for _ in range(2):
-        labels = torch.randint(0, num_classes, (*shape[:-1], -(-shape[-1] // block))).repeat_interleave(block, -1)
-        maps.append(labels[..., : shape[-1]])
-    maps[1][torch.rand(maps[1].shape) < rng.choice([0, 0.3])] = ignore_index
-    for which, least in ((0, 0), (1, min(0, ignore_index))):
-        if num_classes <= 256 and least == 0 and rng.random() < 0.7:
-            maps[which] = maps[which].byte()
-        maps[which] = _restrided(maps[which], rng)
-    return (*maps, num_classes, ignore_index)
-
-
-def check_confusion(ops, device: torch.device, case: tuple) -> None:
-    prediction, target, num_classes, ignore_index = case
-    counts = ops.confusion_matrix(prediction.to(device), target.to(device), num_classes, ignore_index).cpu()
-    expected = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    valid = target != ignore_index
-    pairs = (target[valid].long(), prediction[valid].long())
-    expected.index_put_(pairs, torch.ones(int(valid.sum()), dtype=torch.int64), accumulate=True)
-    assert torch.equal(counts, expected)

@@ -133,9 +133,8 @@ logits, target = torch.arange(24.0).view(1, 2, 3, 4).sin(), torch.zeros(1, 9, 9,
 for _ in range(2):
     labels = ops_ext.upsample_argmax(logits, (9, 9))
     loss = ops_ext.upsample_cross_entropy(logits, target)
-    counts = ops_ext.confusion_matrix(labels, target, 2)
 print(ops_ext.implementations("cpu")["upsample_argmax"])
-print(labels.sum().item(), f"{loss.item():.5f}", counts.tolist())
+print(labels.sum().item(), f"{loss.item():.5f}")
 """
 
 

@@ -1,4 +1,4 @@
-"""The ops equal their definition, count exactly, and say what is wrong with their input."""
+"""The ops equal their definition and say what is wrong with their input."""
 
 import math
 
@@ -9,11 +9,11 @@ import torch.nn.functional as F
 
 import ops_ext
 from model import FastSCNN
-from ops_ext import accelerate, confusion_matrix, confusion_matrix_reference, upsample_argmax, upsample_cross_entropy
+from ops_ext import accelerate, upsample_argmax, upsample_cross_entropy
 
 
 def test_every_op_names_its_implementation():
-    assert set(ops_ext.implementations()) == {"upsample_argmax", "upsample_cross_entropy", "confusion_matrix"}
+    assert set(ops_ext.implementations()) == {"upsample_argmax", "upsample_cross_entropy"}
     assert set(ops_ext.implementations().values()) <= {"cpu", "cuda", "reference"}
 
 
@@ -95,39 +95,6 @@ def test_half_precision_logits_give_a_float32_loss(dtype):
     assert logits.grad.dtype == dtype
 
 
-def test_confusion_matrix_counts_by_hand():
-    target = torch.tensor([[0, 0, 1], [2, 2, 255]], dtype=torch.uint8)
-    prediction = torch.tensor([[0, 1, 1], [2, 0, 77]], dtype=torch.uint8)  # 77 stands where the truth is ignored
-    expected = [[1, 1, 0], [0, 1, 0], [1, 0, 1]]
-    assert confusion_matrix(prediction, target, 3).tolist() == expected
-    assert confusion_matrix(prediction.long(), target.long(), 3).tolist() == expected
-    assert confusion_matrix(prediction, target, 3).dtype == torch.int64
-
-
-@pytest.mark.parametrize("ignore_index", [-100, 256, 2**31])
-def test_an_ignored_number_that_no_byte_holds_ignores_nothing(ignore_index):
-    # PyTorch compares uint8 with a number modulo 256, by which label 156, or 0, would not count.
-    labels = torch.tensor([0, 156, 156, 3], dtype=torch.uint8)
-    for each in (confusion_matrix, confusion_matrix_reference):
-        counts = each(labels, labels, 200, ignore_index)
-        assert counts.sum() == 4 and counts.diagonal()[[0, 3, 156]].tolist() == [1, 1, 2]
-
-
-@pytest.mark.parametrize(
-    "prediction, target, message",
-    [
-        ([0, 3], [0, 1], "prediction holds 3, expected labels from 0 to 2"),
-        ([0, 1], [0, 7], "target holds 7, expected labels from 0 to 2"),
-        ([0, -1], [0, 1], "prediction holds -1"),
-        ([0, 255], [0, 1], "prediction holds 255"),
-    ],
-)
-def test_labels_outside_the_range_are_an_error(prediction, target, message):
-    for each in (confusion_matrix, confusion_matrix_reference):
-        with pytest.raises(RuntimeError, match=message):
-            each(torch.tensor(prediction), torch.tensor(target), 3)
-
-
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -141,8 +108,6 @@ def test_labels_outside_the_range_are_an_error(prediction, target, message):
         (lambda x, t: upsample_cross_entropy(x, t.float()), "target is torch.float32, expected uint8 or int64"),
         (lambda x, t: upsample_cross_entropy(x, t, weight=torch.ones(4)), r"weight has shape \(4,\), expected \(3,\)"),
         (lambda x, t: upsample_cross_entropy(x, t, reduction="max"), "reduction is 'max'"),
-        (lambda x, t: confusion_matrix(t, t[:1], 3), "prediction has shape"),
-        (lambda x, t: confusion_matrix(t.int(), t, 3), "prediction is torch.int32"),
     ],
 )
 def test_wrong_input_is_named(call, message):

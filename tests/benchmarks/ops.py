@@ -144,19 +144,6 @@ def cross_entropy_cases(device: torch.device, small: bool = False) -> Cases:
     }
 
 
-def confusion_cases(device: torch.device, maps: tuple[torch.Tensor, torch.Tensor] | None = None, small: bool = False) -> Cases:
-    if maps is None:
-        generator = torch.Generator().manual_seed(0)
-        size = (32, 64) if small else SIZE
-        maps = tuple(torch.randint(0, CLASSES, size, dtype=torch.uint8, generator=generator) for _ in range(2))
-    prediction, target = (each.to(device) for each in maps)
-    return {
-        "plain": lambda: torch.bincount((target.long() * CLASSES + prediction).flatten(), minlength=CLASSES**2),
-        "plain with an ignored label": lambda: ops_ext.confusion_matrix_reference(prediction, target, CLASSES),
-        "ops_ext": lambda: ops_ext.confusion_matrix(prediction, target, CLASSES),
-    }
-
-
 def step_cases(device: torch.device, precision: torch.dtype | None) -> Cases:
     """A step of train.py: network with auxiliary heads, three losses, backward, SGD; with either kind of loss."""
     torch.manual_seed(0)
@@ -180,8 +167,8 @@ def step_cases(device: torch.device, precision: torch.dtype | None) -> Cases:
     }
 
 
-def trained_logits(weights: str, image: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(1, C, 128, 256) scores that a trained network gives for a street of 1024x2048, and labels of that size."""
+def trained_logits(weights: str, image: str | None) -> torch.Tensor:
+    """(1, C, 128, 256) scores that a trained network gives for a street of 1024x2048."""
     if image:
         picture = Image.open(image).convert("RGB").resize(SIZE[::-1])
     else:
@@ -189,8 +176,7 @@ def trained_logits(weights: str, image: str | None) -> tuple[torch.Tensor, torch
     model = load_weights(weights).eval()
     with torch.inference_mode():
         x = normalise(torch.from_numpy(np.array(picture))[None])
-        logits = model(x.contiguous(memory_format=torch.channels_last), upsample=False).contiguous()
-    return logits.clone(), ops_ext.upsample_argmax_reference(logits, SIZE)[0]
+        return model(x.contiguous(memory_format=torch.channels_last), upsample=False).contiguous().clone()
 
 
 # --------------------------------------------------------------------------------------------------------------- report
@@ -219,7 +205,6 @@ def print_floors(device: torch.device) -> None:
     print(f"  upsample_argmax              {(scores + pixels) / bytes_per_ms:10.4f} ms, memory")
     print(f"  upsample_cross_entropy       {(2 * crop_scores + crops) / bytes_per_ms:10.4f} ms, memory")
     print(f"  upsample_cross_entropy       {crops * CLASSES / exps_per_ms:10.4f} ms, exponentials")
-    print(f"  confusion_matrix             {2 * pixels / bytes_per_ms:10.4f} ms, memory")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -236,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cuda":
         print_floors(device)
 
-    logits, labels = trained_logits(args.weights, args.image)
+    logits = trained_logits(args.weights, args.image)
     corners = logits.argmax(1)
     first = corners[:, :-1, :-1]
     others = (corners[:, 1:, :-1], corners[:, :-1, 1:], corners[:, 1:, 1:])
@@ -253,11 +238,6 @@ def main(argv: list[str] | None = None) -> None:
     memory = {each: peak_mib(cross_entropy_cases, each, device) for each in both}
     title = f"upsample_cross_entropy, forward and backward, {CROPS} x {CLASSES} x 64x128 to 512x1024"
     results.append(report(title, median_ms(cross_entropy_cases(device), device), memory))
-
-    shifted = labels.roll((3, 5), (0, 1))
-    times = median_ms(confusion_cases(device, (shifted, labels)), device, seconds=2)
-    results.append(report("confusion_matrix, 1024x2048, label maps of a street", times))
-    results.append(report("confusion_matrix, 1024x2048, noise", median_ms(confusion_cases(device), device, seconds=2)))
 
     train.keep_freed_memory()  # as in training
     for precision in (None, torch.bfloat16):
