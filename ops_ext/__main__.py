@@ -5,16 +5,16 @@ import time
 
 import torch
 
-from .compiler import BuildError, cache_folder, load
+from .compiler import cache_folder, load
 
 failed = []
-for backend in ["cpu", "cuda"] if torch.version.cuda else ["cpu"]:
+for device_type in ["cpu", "cuda"] if torch.version.cuda else ["cpu"]:
     start = time.perf_counter()
     try:
-        load(backend)
-    except BuildError as error:
-        failed.append(backend)
-        print(f"ops_ext: no {backend} kernels, plain PyTorch instead: {error}")
+        load(device_type)
+    except (OSError, RuntimeError) as error:
+        failed.append(device_type)
+        print(f"ops_ext: no {device_type} kernels, plain PyTorch instead: {error}")
     else:
-        print(f"ops_ext: {backend} kernels loaded from {cache_folder()} in {time.perf_counter() - start:.1f} s")
+        print(f"ops_ext: {device_type} kernels loaded from {cache_folder()} in {time.perf_counter() - start:.1f} s")
 sys.exit("cpu" in failed)

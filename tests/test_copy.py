@@ -25,7 +25,7 @@ USES = {
 def test_works_alone(tmp_path, name):
     if name == "ops_ext":
         try:
-            compiler.build("cpu")  # of which the copy's first use would else say that it compiles
+            compiler.load("cpu")  # of which the copy's first use would else say that it compiles
         except compiler.BuildError as error:
             pytest.skip(f"without kernels there is a warning: {error}")
     (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)

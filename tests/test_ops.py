@@ -1,6 +1,10 @@
-"""The ops equal their definition and say what is wrong with their input."""
+"""The ops equal their definition, and say what is wrong with their input; an op is added as the package says."""
 
 import math
+import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import ops_ext
+from conftest import ROOT
 from model import FastSCNN
-from ops_ext import accelerate, upsample_argmax, upsample_cross_entropy
+from ops_ext import accelerate, compiler, upsample_argmax, upsample_cross_entropy
 
 
 def test_every_op_names_its_implementation():
@@ -17,14 +22,16 @@ def test_every_op_names_its_implementation():
     assert set(ops_ext.implementations().values()) <= {"cpu", "cuda", "reference"}
 
 
-@pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize("size", [(1, 1), (5, 7), (40, 56), (41, 53)])
-def test_upsample_argmax_is_interpolate_then_argmax(size, align_corners):
-    logits = torch.randn(2, 6, 5, 7)
-    expected = F.interpolate(logits, size, mode="bilinear", align_corners=align_corners).argmax(1)
-    label = upsample_argmax(logits, size, align_corners)
-    assert label.dtype == torch.uint8
-    assert torch.equal(label.long(), expected)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_upsample_argmax_is_interpolate_then_argmax(dtype):
+    torch.manual_seed(0)
+    for size in ((1, 1), (5, 7), (40, 56), (41, 53)):
+        for align_corners in (False, True):
+            logits = torch.randn(2, 6, 5, 7).to(dtype)
+            scores = F.interpolate(logits.double(), size, mode="bilinear", align_corners=align_corners)
+            label = upsample_argmax(logits, size, align_corners)
+            assert label.dtype == torch.uint8
+            assert torch.equal(label.long(), scores.argmax(1))
 
 
 def test_upsample_argmax_takes_any_strides():
@@ -34,12 +41,12 @@ def test_upsample_argmax_takes_any_strides():
     assert torch.equal(upsample_argmax(logits[:, ::2, :, 1:].to(memory_format=torch.channels_last), (30, 20)), expected)
 
 
-def cross_entropy_by_definition(scores, target, weight, smoothing, ignore):
-    """Losses and weights per pixel, in Python's own floats."""
+def cross_entropy_by_definition(scores, target, weight, smoothing):
+    """Losses and weights per pixel, in Python's own floats; 255 is ignored."""
     losses, weights = [], []
     count = scores.shape[1]
     for pixel, truth in zip(scores.permute(0, 2, 3, 1).reshape(-1, count).tolist(), target.flatten().tolist()):
-        if truth == ignore:
+        if truth == 255:
             losses.append(0.0), weights.append(0.0)
             continue
         total = math.log(sum(math.exp(s) for s in pixel))
@@ -50,49 +57,46 @@ def cross_entropy_by_definition(scores, target, weight, smoothing, ignore):
     return losses, weights
 
 
-@pytest.mark.parametrize("weight", [None, [0.5, 2.0, 1.0]])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
-def test_upsample_cross_entropy_is_its_definition(weight, smoothing, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_upsample_cross_entropy_is_its_definition(dtype, smoothing):
     torch.manual_seed(1)
-    logits = torch.randn(2, 3, 3, 4, dtype=torch.float64)
-    target = torch.randint(0, 3, (2, 9, 11)).to(dtype)
-    target[0, :3] = 255
-    scores = F.interpolate(logits, (9, 11), mode="bilinear", align_corners=False)
-    losses, weights = cross_entropy_by_definition(scores, target, weight or [1.0] * 3, smoothing, 255)
-    options = {"weight": weight and torch.tensor(weight, dtype=torch.float64), "label_smoothing": smoothing}
-    each = upsample_cross_entropy(logits, target, reduction="none", **options)
-    torch.testing.assert_close(each, torch.tensor(losses, dtype=torch.float64).view(2, 9, 11))
-    total = upsample_cross_entropy(logits, target, reduction="sum", **options)
-    assert total.item() == pytest.approx(sum(losses))
-    mean = upsample_cross_entropy(logits, target, **options)
-    assert mean.item() == pytest.approx(sum(losses) / sum(weights))
+    logits = torch.randn(2, 3, 3, 4, dtype=dtype)
+    scores = F.interpolate(logits.double(), (9, 11), mode="bilinear", align_corners=False)
+    for label_dtype in (torch.uint8, torch.int64):
+        target = torch.randint(0, 3, (2, 9, 11)).to(label_dtype)
+        target[0, :3] = 255
+        for weight in (None, [0.5, 2.0, 1.0]):
+            losses, weights = cross_entropy_by_definition(scores, target, weight or [1.0] * 3, smoothing)
+            options = {"weight": weight and torch.tensor(weight, dtype=dtype), "label_smoothing": smoothing}
+            each = upsample_cross_entropy(logits, target, reduction="none", **options)
+            torch.testing.assert_close(each, torch.tensor(losses, dtype=dtype).view(2, 9, 11))
+            total = upsample_cross_entropy(logits, target, reduction="sum", **options)
+            assert total.item() == pytest.approx(sum(losses), rel=1e-5)
+            mean = upsample_cross_entropy(logits, target, **options)
+            assert mean.item() == pytest.approx(sum(losses) / sum(weights), rel=1e-5)
 
 
-def test_upsample_cross_entropy_gradients():
+def test_gradients_of_float64_and_smoothed_losses_are_the_derivatives():
+    torch.manual_seed(0)
     logits = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
     target = torch.randint(0, 3, (2, 7, 9))
     target[:, 2] = 255
-    assert torch.autograd.gradcheck(lambda x: upsample_cross_entropy(x, target, label_smoothing=0.1), logits)
+    options = {"weight": torch.rand(3, dtype=torch.float64), "label_smoothing": 0.1}
+    for reduction in ("mean", "sum", "none"):
+        assert torch.autograd.gradcheck(
+            lambda x: upsample_cross_entropy(x, target, reduction=reduction, **options),  # noqa: B023
+            logits,
+        )
 
 
 def test_all_ignored_is_zero_with_zero_gradients():
-    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
-    loss = upsample_cross_entropy(logits, torch.full((1, 8, 8), 255))
-    loss.backward()
-    assert loss.item() == 0
-    assert torch.equal(logits.grad, torch.zeros_like(logits))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_give_a_float32_loss(dtype):
-    logits = torch.randn(1, 3, 4, 4).to(dtype).requires_grad_()
-    target = torch.randint(0, 3, (1, 8, 8))
-    loss = upsample_cross_entropy(logits, target)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, upsample_cross_entropy(logits.float(), target))
-    loss.backward()
-    assert logits.grad.dtype == dtype
+    for dtype in (torch.float32, torch.float64):  # kernel and reference
+        logits = torch.randn(1, 3, 4, 4, dtype=dtype, requires_grad=True)
+        loss = upsample_cross_entropy(logits, torch.full((1, 8, 8), 255))
+        loss.backward()
+        assert loss.item() == 0
+        assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,9 @@ def test_half_precision_logits_give_a_float32_loss(dtype):
         (lambda x, t: upsample_cross_entropy(x, t[0]), r"target has shape \(8, 8\)"),
         (lambda x, t: upsample_cross_entropy(x, t[:1]), r"target has shape \(1, 8, 8\), expected \(2, H, W\)"),
         (lambda x, t: upsample_cross_entropy(x, t.float()), "target is torch.float32, expected uint8 or int64"),
-        (lambda x, t: upsample_cross_entropy(x, t, weight=torch.ones(4)), r"weight has shape \(4,\), expected \(3,\)"),
+        (lambda x, t: upsample_cross_entropy(x, t, weight=torch.ones(4)), r"weight is torch.float32 \(4,\)"),
+        (lambda x, t: upsample_cross_entropy(x, t, weight=torch.ones(3).double()), "weight is torch.float64"),
+        (lambda x, t: upsample_cross_entropy(x, t.to("meta")), "target is on meta, expected cpu"),
         (lambda x, t: upsample_cross_entropy(x, t, reduction="max"), "reduction is 'max'"),
     ],
 )
@@ -133,3 +139,29 @@ def test_accelerate_gives_the_networks_labels_and_leaves_it_untouched():
 def test_accelerate_refuses_what_is_no_image_batch():
     with pytest.raises(ValueError, match=r"torch.float32 \(1, 3, 64, 64\), expected uint8 \(N, H, W, 3\)"):
         accelerate(FastSCNN(3))(torch.zeros(1, 3, 64, 64))
+
+
+def test_an_op_is_added_as_the_package_says(tmp_path):
+    try:
+        compiler.load("cpu")
+    except compiler.BuildError as error:
+        pytest.skip(f"no kernels: {error}")
+    shutil.copytree(ROOT / "ops_ext", tmp_path / "ops_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    recipe = ops_ext.__doc__.split("How to add an op")[1]
+    python, cpp = (re.sub("^ {7}", "", block, flags=re.M) for block in re.findall(r"(?:^ {7}.*\n|^\n)+", recipe, re.M)
+                   if "double_it" in block)  # fmt: skip
+    (tmp_path / "ops_ext" / "double_it.py").write_text(
+        f"import torch\nfrom .compiler import has_kernels\ndef double_it_reference(x): return 2 * x\n{python}"
+    )
+    body = "Tensor out = torch::stable::clone(x); *static_cast<float*>(out.mutable_data_ptr()) *= 2; return out;"
+    (tmp_path / "ops_ext" / "double_it.cpp").write_text(cpp.replace("...", body))
+    code = """
+import torch
+from ops_ext.double_it import double_it
+print(double_it(torch.tensor([21.0])).item())
+torch.library.opcheck(torch.ops.ops_ext.double_it.default, (torch.ones(1),))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "42.0\n" and done.stderr == "ops_ext: compiling double_it for this machine, once\n", (
+        done.stderr
+    )

@@ -1,4 +1,4 @@
-// ops_ext/cuda.cu as a library of CPU operators, torch.ops.ops_emulated.
+// The .cu files of ops_ext as a library of CPU operators, torch.ops.ops_emulated.
 #include "../../ops_ext/common.h"
 
 namespace torch::stable::accelerator {
@@ -9,9 +9,6 @@ struct NoGuard {
 #define DeviceGuard NoGuard
 
 #undef STABLE_TORCH_LIBRARY_IMPL
-#define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) static void implement(torch::stable::detail::StableLibrary& m)
-#include "../../ops_ext/cuda.cu"
-
-STABLE_TORCH_LIBRARY(ops_emulated, m) { ops_ext::define_operators(m); }
-
-_STABLE_TORCH_LIBRARY_IMPL(ops_emulated, CPU, m, 0) { implement(m); }
+#define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) _STABLE_TORCH_LIBRARY_IMPL(ops_emulated, CPU, m, __COUNTER__)
+#include "../../ops_ext/upsample_argmax.cu"
+#include "../../ops_ext/upsample_cross_entropy.cu"
