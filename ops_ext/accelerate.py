@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .compiler import has_kernels
+from .cuda_graph import Recorded
 from .engine import FusedFastSCNN
 from .upsample_argmax import upsample_argmax
 
@@ -57,23 +58,25 @@ def accelerate(
     device = next(model.parameters()).device  # "cuda" alone would mean another one once the current device changes
     mean, std = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
     run = _in_engine(model, precision, mean, std) if device.type == "cpu" and has_kernels("cpu") else None
-    return Segment(run or InPyTorch(model, device, precision or fast_precision(device), mean, std), device)
+    run = run or InPyTorch(model, device, precision or fast_precision(device), mean, std)
+    return Segment(run, device)
 
 
 class Segment:
-    """From (N, H, W, 3) uint8 RGB, on any device, to (N, H, W) uint8 labels on `device`.
+    """From (N, H, W, 3) uint8 RGB, on any device, to uint8 labels on `device`, (N, H, W) or of another `size`.
 
-    `precision` is what is multiplied: "fp32", "bf16" or "fp16".
+    On CUDA a size that comes twice is recorded as a graph. `precision` is what is multiplied: "fp32", "bf16" or "fp16".
     """
 
     def __init__(self, run: FusedFastSCNN | InPyTorch, device: torch.device):
         self.run, self.device, self.precision = run, device, PRECISIONS[run.dtype]
+        self.labels = Recorded(run) if device.type == "cuda" else run
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, size: Sequence[int] | None = None) -> Tensor:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.numel() == 0:
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, expected uint8 (N, H, W, 3), not empty")
-        return self.run(images.to(self.device))
+        return self.labels(images.to(self.device), tuple(size or images.shape[1:3]))
 
     @torch.inference_mode()
     def stages_ms(self, images: Tensor, repeats: int = 20) -> dict[str, float]:
@@ -100,19 +103,16 @@ class InPyTorch:
         self.shift, self.scale = (each.view(3, 1, 1).to(device) for each in (mean * 255, 1 / (std * 255)))
         self.align_corners = getattr(model, "align_corners", False)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.labels(self.scores(images), images)
+    def __call__(self, images: Tensor, size: Sequence[int]) -> Tensor:
+        return upsample_argmax(self.scores(images), size, self.align_corners)
 
     def scores(self, images: Tensor) -> Tensor:
         pixels = (images.permute(0, 3, 1, 2) - self.shift) * self.scale  # (N, 3, H, W), channels_last in memory
         return self.model(pixels.to(self.dtype), upsample=False)  # (N, C, H/8, W/8)
 
-    def labels(self, scores: Tensor, images: Tensor) -> Tensor:
-        return upsample_argmax(scores, images.shape[1:3], self.align_corners)
-
     def stages(self, images: Tensor) -> dict[str, Callable[[], Tensor]]:
         scores = self.scores(images)
-        return {"network": lambda: self.scores(images), "labels": lambda: self.labels(scores, images)}
+        return {"network": lambda: self.scores(images), "labels": lambda: upsample_argmax(scores, images.shape[1:3])}
 
 
 def fold_batch_norm(model: nn.Module) -> None:

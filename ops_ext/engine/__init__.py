@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +92,7 @@ class FusedFastSCNN:
         ]
         self.kept: list[Buffers] = []
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, size: Sequence[int]) -> Tensor:
         if min(images.shape[1:3]) < MIN_SIZE:
             raise ValueError(f"images are {tuple(images.shape)}, expected at least {MIN_SIZE} pixels a side")
         # Buffers are kept for the next image: fresh memory would cost more than the computation. They belong to one
@@ -104,7 +104,7 @@ class FusedFastSCNN:
         if buffers is None or buffers.images != images.shape[:3]:
             buffers = self.buffers(images)
         self.run(images, buffers)
-        labels = self._labels(buffers)
+        labels = self._labels(buffers, size)
         self.kept.append(buffers)
         return labels
 
@@ -123,7 +123,7 @@ class FusedFastSCNN:
             "bottlenecks": lambda: self._bottlenecks(buffers),
             "pyramid pooling": lambda: self._pool(buffers),
             "fusion and classifier": lambda: self._classify(buffers),
-            "labels": lambda: self._labels(buffers),
+            "labels": lambda: self._labels(buffers, images.shape[1:3]),
         }
 
     def run(self, images: Tensor, buffers: Buffers) -> None:
@@ -191,9 +191,9 @@ class FusedFastSCNN:
         options = (self.dilation, self.depthwise_relu, self.align_corners)
         torch.ops.ops_ext.head_block(buffers.detail, buffers.context, self.head, *options, buffers.scores)
 
-    def _labels(self, buffers: Buffers) -> Tensor:
+    def _labels(self, buffers: Buffers, size: Sequence[int]) -> Tensor:
         scores = buffers.scores[:, : self.classes]
-        return torch.ops.ops_ext.upsample_argmax(scores, *buffers.images[1:], self.align_corners)
+        return torch.ops.ops_ext.upsample_argmax(scores, *size, self.align_corners)
 
     # Weights as the kernels take them, with channels of zeros up to a number that they divide.
 

@@ -25,8 +25,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import ops_ext  # noqa: E402
 import streets  # noqa: E402
+
+import ops_ext  # noqa: E402
 import train  # noqa: E402
 from data import normalise  # noqa: E402
 from eval import exit_status  # noqa: E402
