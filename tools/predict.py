@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import CITYSCAPES, IMAGE_SUFFIXES, Classes, DataError, read_image
+from data import CAMVID, CITYSCAPES, IMAGE_SUFFIXES, Classes, DataError, read_image
 from launch import OneLineParser, UsageError, exit_status, gathered, import_option, start_processes
 from model import MIN_SIZE, CheckpointError, build_from_checkpoint, read_checkpoint
 from ops_ext import accelerate
@@ -113,6 +113,12 @@ def with_matrix(frame):
     return frame
 
 
+def painted_size(first, style: str) -> tuple[int, int]:
+    """Width and height of the painted frames before they are turned: the first frame's, made even as 4:2:0 needs."""
+    width, height = first.width, first.height
+    return (width, height) if style == "labels" else (width + width % 2, height + height % 2)
+
+
 def planes(frame) -> list[np.ndarray]:
     """Views of a frame's Y, U and V, (height, width) uint8."""
     return [np.frombuffer(each, np.uint8).reshape(each.height, -1)[:, : each.width] for each in frame.planes]
@@ -133,13 +139,14 @@ def add_streams(sink, container, first, style: str) -> tuple:
     Sound is copied where the file format takes it. Colours are tagged as those of the first frame.
     """
     source = container.streams.video[0]
-    rate = source.average_rate or 25
-    if style == "labels":
-        video = sink.add_stream("ffv1", rate=rate)
-        video.pix_fmt, video.codec_context.time_base = "gray", source.time_base
+    labels = style == "labels"
+    options = {} if labels else {"preset": "ultrafast", "crf": "23"}
+    video = sink.add_stream("ffv1" if labels else "libx264", rate=source.average_rate or 25, options=options)
+    size = painted_size(first, style)
+    video.width, video.height = size[::-1] if round(first.rotation / 90) % 2 else size
+    video.pix_fmt, video.codec_context.time_base = "gray" if labels else "yuv420p", source.time_base
+    if labels:
         return video, {}
-    video = sink.add_stream("libx264", rate=rate, options={"preset": "ultrafast", "crf": "23"})
-    video.pix_fmt, video.codec_context.time_base = "yuv420p", source.time_base
     for tag in ("colorspace", "color_range", "color_primaries", "color_trc"):
         setattr(video.codec_context, tag, getattr(first, tag))
     sound = {}
@@ -198,13 +205,13 @@ class Predictor:
 
     segment: Callable[[Tensor], Tensor]  # of ops_ext.accelerate
     painter: Painter
-    image_hw: tuple[int, int] | None  # of the images that the network was trained on; None to resize nothing
+    image_hw: tuple[int, int] | None  # size of the training images: others are resized to as many pixels; None: not
     threads: int
     lock: contextlib.AbstractContextManager  # around the network; an accelerator runs one image at a time
     progress: bool
 
     def segment_image(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 RGB -> (H, W) uint8 label map, by the network at the scale at which it was trained."""
+        """(H, W, 3) uint8 RGB -> (H, W) uint8 label map, which the network makes of the resized image."""
         height, width = image.shape[:2]
         if self.image_hw:
             scale = math.sqrt(math.prod(self.image_hw) / (height * width))
@@ -224,9 +231,8 @@ class Predictor:
 
     def segment_frame(self, frame, first, colours: np.ndarray):
         """A decoded frame -> the painted frame, upright, of the even size of the first one; `colours`: `yuv_colours`."""
-        size = (side + side % 2 for side in (first.width, first.height))  # as 4:2:0 needs
         turns = round(first.rotation / 90)  # to the left
-        frame = with_matrix(frame).reformat(*size, format="yuv420p")
+        frame = with_matrix(frame).reformat(*painted_size(first, self.painter.style), format="yuv420p")
         label = self.segment_image(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns)))
         if self.painter.style == "labels":
             painted = type(frame).from_ndarray(label, format="gray")
@@ -257,12 +263,11 @@ class Predictor:
                     done = in_order(segment, frames, self.threads)
                     total = container.streams.video[0].frames
                     for future in tqdm(done, source.name, total, False, disable=not self.progress):
-                        frame = future.result()
-                        if not count:
-                            video.width, video.height = frame.width, frame.height
-                        sink.mux(video.encode(frame))
+                        sink.mux(video.encode(future.result()))
                         count += 1
                     sink.mux(video.encode(None))
+                    if count < 0.9 * total and "mp4" in container.format.name:  # AVI's numbers may be wrong
+                        report(f"{source}: damaged, it ends after {count} of {total} frames")
         except av.FFmpegError as error:
             raise DataError(f"{source}: cannot be segmented ({error.strerror}); convert it, or leave it out") from None
         return count
@@ -355,8 +360,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="colours over the image; colours alone; or train ids, lossless (default: %(default)s)")  # fmt: skip
     add("--strength", type=float, default=0.4, help="of an overlay's colours, 0 to 1 (default: %(default)s)")
     add("--legend", action=argparse.BooleanOptionalAction, default=True, help="name the colours below each image")
-    add("--size", type=int, nargs=2, metavar=("H", "W"),
-        help="for the network, resize images to as many pixels (default: size of the training images)")  # fmt: skip
+    add("--resize", action=argparse.BooleanOptionalAction, default=True,
+        help="give the network images of as many pixels as those that it was trained on")  # fmt: skip
     add("--amp", choices=PRECISIONS, default="auto",
         help="precision of the convolutions; auto is the fastest, off is float32 (default: %(default)s)")  # fmt: skip
     add("--device", help="cpu, cuda, ... (default: the machine's accelerator, or else the CPU)")
@@ -375,7 +380,8 @@ def main(argv: list[str] | None = None) -> int:
     # A peer's weights have no class names; 19 classes are those of Cityscapes.
     classes = Classes.from_dict(checkpoint["classes"]) if "classes" in checkpoint else CITYSCAPES
     model = build_from_checkpoint(checkpoint, args.weights, len(classes.names))
-    image_hw = args.size or checkpoint.get("image_hw") or ((1024, 2048) if classes == CITYSCAPES else None)
+    known = {CITYSCAPES.names: (1024, 2048), CAMVID.names: (360, 480)}  # for files that do not tell
+    image_hw = checkpoint.get("image_hw", known.get(classes.names)) if args.resize else None
     device, rank, world_size = start_processes(args.device, timeout_minutes=24 * 60)  # some get the longer videos
 
     # On the CPU, a thread for each image is faster than several threads for one.
@@ -400,10 +406,10 @@ def main(argv: list[str] | None = None) -> int:
 
     failed = len(images) + len(videos) - len(written) - len(frames)
     if rank == 0:
-        scale = (
-            "for the network all were resized to about {}x{} pixels".format(*image_hw) if image_hw else "not resized"
-        )
-        print(f"wrote {len(written)} images and {len(frames)} videos to {args.out}; {scale}; {failed} files failed")
+        scale = "{}x{} pixels, as it was trained on".format(*image_hw) if image_hw else "their own size"
+        print(f"wrote {len(written)} images and {len(frames)} videos to {args.out}; the network saw them at {scale}")
+        if failed:
+            print(f"{failed} files failed, see above")
         result = {"images": len(written), "videos": len(frames), "frames": sum(frames)}
         print(json.dumps({**result, "out": str(args.out), "style": args.style, "fps": fps}), flush=True)
     return 2 if failed else 0
