@@ -666,7 +666,10 @@ def validate(run: Run, signals: Signals) -> dict:
     for _, _, label, prediction in predictions:
         confusion += confusion_matrix(prediction, label, len(classes.names))
         if signals.received:
-            raise Stopped
+            break
+    signals.after_step()
+    if signals.after_step() == Signals.STOP:  # what one of the processes asked for at the first call
+        raise Stopped
     if run.world_size > 1:
         dist.all_reduce(confusion)
     result = metrics(confusion, classes)
