@@ -83,6 +83,9 @@ def start_processes(device_name: str | None = None, timeout_minutes: float = 30)
         torch.accelerator.set_device_index(index)
     if "RANK" not in os.environ:
         return device, 0, 1
+    shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # keeps the addresses of earlier starts
+    if shared_store and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise UsageError("--max-restarts needs --standalone or c10d, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 exported")
     dist.init_process_group(dist.get_default_backend_for_device(device), timeout=timedelta(minutes=timeout_minutes))
     return device, dist.get_rank(), dist.get_world_size()
 

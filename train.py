@@ -176,7 +176,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.lr = args.base_lr * args.batch_size / PAPER_BATCH
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % world_size:
-        fitting = (args.batch_size // world_size + 1) * world_size
+        fitting = [n * world_size for n in (args.batch_size // world_size, args.batch_size // world_size + 1) if n]
         raise UsageError(f"--batch-size {args.batch_size} does not divide over {world_size} processes; use {fitting}")
     return args
 
@@ -338,10 +338,9 @@ def init_weights(model: FastSCNN, class_names: Sequence[str], path: str) -> str:
 
 
 class Log:
-    """Lines for people on stdout and in train.log, records for programs in metrics.jsonl; rank 0 alone writes."""
+    """Lines for people on stdout and in train.log, records for programs in metrics.jsonl; without a folder nothing."""
 
     def __init__(self, folder: Path | None, tensorboard: bool = False):
-        """`folder`: None for a process that writes nothing."""
         self.files, self.board = [], None
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
@@ -371,7 +370,7 @@ class Log:
 
 
 class Stopped(BaseException):
-    """A signal ended the training after everything was saved; not an Exception, as KeyboardInterrupt is not."""
+    """A signal ended the training after everything was saved; as KeyboardInterrupt, not an Exception."""
 
 
 class Signals:
@@ -477,12 +476,12 @@ class Run:
         args, share = self.args, self.args.batch_size // self.world_size
         flags = " ".join(f"{name}={value}" for name, value in vars(args).items())
         rate = f"{args.base_lr} x {args.batch_size} / {PAPER_BATCH} = {args.lr:.5f}"
-        images = f"{len(self.train_set)} images to train, {len(self.val_set)} to validate"
         lines = [
             f"code {git_revision()}  torch {torch.__version__}  {flags}",
             f"device {self.device}  precision {args.amp}  ops {implementations(self.device)}",
             f"batch {args.batch_size} = {share} x {self.world_size} processes  learning rate {rate}",
-            f"{images}  {self.steps_per_epoch} steps x {args.epochs} epochs",
+            f"{len(self.train_set)} images to train, {len(self.val_set)} to validate  "
+            f"{self.steps_per_epoch} steps x {args.epochs} epochs",
         ]
         if self.world_size > 1 and not self.syncs_bn:
             lines.append(f"no SyncBatchNorm: each process normalises over its own {share} images")
@@ -530,9 +529,8 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        m_mmap_max, m_trim_threshold = -4, -1  # from malloc.h
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, -1)  # never
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD, never
 
 
 # ------------------------------------------------------------------------------------------------------- step and epoch
@@ -659,8 +657,7 @@ def validate(run: Run, signals: Signals) -> dict:
     if run.world_size > 1 and not run.syncs_bn:  # the processes' statistics differ; rank 0's are saved
         for buffer in run.evaluated.buffers():
             dist.broadcast(buffer, 0)
-    precision = AMP_DTYPES[args.amp] or torch.float32
-    segment = accelerate(run.evaluated, device=run.device, precision=precision)
+    segment = accelerate(run.evaluated, device=run.device, precision=AMP_DTYPES[args.amp] or torch.float32)
     confusion = torch.zeros(len(classes.names), len(classes.names), dtype=torch.int64, device=run.device)
     predictions = evaluate(segment, run.val_set, workers=args.workers, rank=run.rank, world_size=run.world_size)
     for _, _, label, prediction in predictions:
@@ -797,7 +794,7 @@ def resume(run: Run, path: Path, checkpoint: dict, log: Log) -> tuple[int, int]:
     if args.amp == checkpoint["args"]["amp"] == "fp16":
         run.scaler.load_state_dict(checkpoint["scaler"])
     run.best_miou = checkpoint["best_miou"]
-    before = {**checkpoint["args"], "world_size": checkpoint["world_size"]}
+    before = {**checkpoint["args"], "world_size": checkpoint["world_size"], "resume": args.resume}
     now = {**vars(args), "world_size": run.world_size}
     changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if now[name] != before.get(name)]
     place = f"epoch {epoch}" + (f" and {steps} of {steps_per_epoch} steps" if steps else "")

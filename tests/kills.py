@@ -44,7 +44,8 @@ def command(root: Path, out: Path, *more: str, launcher: str = "") -> list[str]:
 def start(argv: list[str], **options) -> subprocess.Popen:
     """The process, in a group of its own; its output is text in a pipe."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **options}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # the same sums in the same order, however many processes
+    # One thread: the same sums in the same order, however many processes. The other lets torchrun restart them.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(argv, env=environment, cwd=ROOT, start_new_session=True, **options)
 
 
@@ -72,11 +73,11 @@ def kill_all(process: subprocess.Popen) -> None:
 
 
 def differences(a, b, place: str = "") -> list[str]:
-    """Where two checkpoints are not the same to the bit; the flags of their runs apart."""
+    """Where two checkpoints are not the same to the bit; the flags of their runs apart, and what is made of flags."""
     if isinstance(a, dict) and isinstance(b, dict):
-        own = set() if place else {"args"}
         found = [f"{place}: keys {a.keys() ^ b.keys()}"] if a.keys() != b.keys() else []
-        return found + [d for k in a.keys() & b.keys() - own for d in differences(a[k], b[k], f"{place}.{k}")]
+        common = a.keys() & b.keys() - {"args", "param_groups"}
+        return found + [d for key in common for d in differences(a[key], b[key], f"{place}.{key}")]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{place}.{i}")]
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):

@@ -124,6 +124,13 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
         start_processes("cuda:0")
 
 
+def test_restarts_that_would_look_for_earlier_processes_are_refused(monkeypatch):
+    for name, value in {"RANK": "0", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="--max-restarts needs .* TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        start_processes("cpu")
+
+
 def test_what_a_device_lacks_is_asked_of_the_device(monkeypatch):
     cpu = torch.device("cpu")
     assert launch.memory_format(cpu) == torch.channels_last and launch.name_of(cpu) == "cpu"

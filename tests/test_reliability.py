@@ -49,7 +49,7 @@ def stopped_in(monkeypatch, name, call, *args, **changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"cache": "ram", "workers": 2, "amp": "fp16", "batch_size": 6, "crop_size": (32, 64)}]
+    "changes", [{}, {"cache": "ram", "workers": 2, "amp": "fp16", "batch_size": 6, "crop_size": (64, 64)}]
 )
 def test_stopped_within_an_epoch_and_resumed_equals_uninterrupted(drawn, tmp_path, monkeypatch, capsys, changes):
     tmp_path = tmp_path / "mit Leerzeichen \u00e4\u4e2d"
@@ -272,7 +272,7 @@ def test_nodes_of_one_and_of_two_processes_train_together(drawn, tmp_path):
     nodes = [kills.start(kills.command(drawn, tmp_path / "r", *more, launcher=each)) for each in launchers]
     outputs = [node.communicate(timeout=120)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert sum("processes 3" in output for output in outputs) == 1, "process 0 alone says it"
+    assert sum("batch 6 = 2 x 3 processes" in output for output in outputs) == 1, "process 0 alone says it"
     assert [r["step"] for r in records(tmp_path / "r", "train")] == [1, 2]
 
 

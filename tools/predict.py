@@ -230,7 +230,7 @@ class Predictor:
             painted.save(unfinished, "PNG", compress_level=1)  # a quarter of the time for a tenth more bytes
 
     def segment_frame(self, frame, first, colours: np.ndarray):
-        """A decoded frame -> the painted frame, upright, of the even size of the first one; `colours`: `yuv_colours`."""
+        """A decoded frame -> the painted frame, upright; `colours` are `yuv_colours`."""
         turns = round(first.rotation / 90)  # to the left
         frame = with_matrix(frame).reformat(*painted_size(first, self.painter.style), format="yuv420p")
         label = self.segment_image(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns)))
