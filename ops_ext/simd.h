@@ -3,6 +3,7 @@
 // GCC's and Clang's vector types: arithmetic and comparisons work lane by lane, and `mask ? a : b` selects.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #ifdef __AVX512BF16__
@@ -51,6 +52,8 @@ struct Group {
 inline void load(const float* from, Group<float>& to) { to.v[0] = load(from); }
 inline void store(float* to, const Group<float>& from) { store(to, from.v[0]); }
 
+inline void copy(const float* from, int64_t count, float* to) { std::copy_n(from, count, to); }
+
 #ifdef __AVX512BF16__
 constexpr bool HAS_BFLOAT16 = true;
 
@@ -69,6 +72,9 @@ inline void store(Half* to, const Group<Half>& from) {
   alignas(64) static constexpr Half ORDER[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(ORDER), rounded(from.v[0], from.v[1])));
+}
+inline void copy(const float* from, int64_t count, Half* to) {
+  for (int64_t at = 0; at < count; at += LANES) store(to + at, load(from + at));
 }
 // Adds the products of pairs of bfloat16.
 inline Floats multiply_add(uint32_t pair, const Floats& pairs, const Floats& sum) {

@@ -1,6 +1,7 @@
 """The kernels are compiled once for each machine, whatever happens to processes; without them the reference runs."""
 
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -72,6 +73,14 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
 def test_where_there_is_a_compiler_the_kernels_run():
     done = run_python("-c", "import ops_ext; print(set(ops_ext.implementations('cpu').values()))")
     assert done.stdout == "{'cpu'}\n", done.stderr
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+def test_the_kernels_compile_for_lesser_cpus():
+    command, _ = compiler._compiler()
+    for source in compiler.FOLDER.rglob("*.cpp"):
+        compiler._run([*command, "-mno-avx512f", "-fsyntax-only", str(source)])
 
 
 @needs_compiler

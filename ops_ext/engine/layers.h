@@ -11,17 +11,13 @@
 namespace ops_ext {
 
 #if defined(__AVX512F__)
-constexpr int SUMS = 24, PANEL = 4;  // registers of sums of 32, and the most of them for one pixel
+constexpr int64_t PANEL = 4;  // vectors of channels at once, whose sums for PIXELS take 24 of 32 registers
 #else
-constexpr int SUMS = 12, PANEL = 2;  // of 16
+constexpr int64_t PANEL = 2;  // 12 of 16
 #endif
+constexpr int64_t PIXELS = 6;
 constexpr int64_t TILE = 16;   // pixels that are read beyond the last one, whatever is there
 constexpr int64_t DEPTH = 32;  // of which channels are a multiple in Half on every machine, and of half of it in float
-
-inline void copy(const float* from, int64_t count, float* to) { std::copy_n(from, count, to); }
-inline void copy(const float* from, int64_t count, Half* to) {
-  for (int64_t at = 0; at < count; at += LANES) store(to + at, load(from + at));
-}
 
 // A vector in whole cache lines: rows that straddle them take twice the time to load.
 template <class T>
@@ -64,15 +60,16 @@ struct Product {
     }
 #endif
     for (int64_t n = 0; n < out;) {
-      const int64_t vectors = (out - n) / LANES;
-      if (PANEL == 4 && vectors >= 4)
-        panel<PANEL>(from, step, count, to, added, n), n += PANEL * LANES;
-      else if (PANEL == 4 && vectors == 3)
-        panel<PANEL - 1>(from, step, count, to, added, n), n += (PANEL - 1) * LANES;
-      else if (vectors >= 2)
-        panel<2>(from, step, count, to, added, n), n += 2 * LANES;
+      const int64_t width = std::min(PANEL, (out - n) / LANES);
+      if (width == PANEL)
+        panel<PANEL>(from, step, count, to, added, n);
+      else if (width == 3)
+        panel<3>(from, step, count, to, added, n);
+      else if (width == 2)
+        panel<2>(from, step, count, to, added, n);
       else
-        panel<1>(from, step, count, to, added, n), n += LANES;
+        panel<1>(from, step, count, to, added, n);
+      n += width * LANES;
     }
   }
 
@@ -96,11 +93,10 @@ struct Product {
   // W vectors of channels from n on.
   template <int W, class To>
   void panel(Pixels from, int64_t step, int64_t count, To* to, const float* added, int64_t n) const {
-    constexpr int P = std::min(12, SUMS / W);
-    if (count < P)
-      for (int64_t p = 0; p < count; ++p) block<W, 1>(from, step, to, added, n, p);
-    else  // the last one overlaps the one before
-      for (int64_t p = 0; p < count; p += P) block<W, P>(from, step, to, added, n, std::min(p, count - P));
+    int64_t p = 0;
+    for (; p + PIXELS <= count; p += PIXELS) block<W, PIXELS>(from, step, to, added, n, p);
+    for (; p + 2 <= count; p += 2) block<W, 2>(from, step, to, added, n, p);
+    if (p < count) block<W, 1>(from, step, to, added, n, p);
   }
 
   // P pixels from p on, whose sums stay in registers, for which the loops have to be unrolled.
