@@ -15,11 +15,8 @@ import base64
 import io
 import json
 import math
-import os
-import re
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from html import escape
 from pathlib import Path
 
@@ -38,61 +35,51 @@ from model import CheckpointError
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --soft: #f5f6f8; --line: #e2e5ea; --ink: #1d2127; --muted: #646c79;
   --blue: #2b6cb0; --orange: #d9691c }
-@media screen and (prefers-color-scheme: dark) { :root { --paper: #14171c; --soft: #1d2128; --line: #2e343d;
+@media (prefers-color-scheme: dark) { :root { --paper: #14171c; --soft: #1d2128; --line: #2e343d;
   --ink: #e6e8ec; --muted: #98a1ae; --blue: #6ba6e5; --orange: #ec9250 } }
-* { box-sizing: border-box; print-color-adjust: exact; -webkit-print-color-adjust: exact }
+* { box-sizing: border-box }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 70rem; background: var(--paper); color: var(--ink);
   font: .94rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
 h1 { margin: 0; font-size: 1.7rem; line-height: 1.2 }
-h2 { margin: 3rem 0 .75rem; font-size: 1.2rem; break-after: avoid }
-h3 { margin: 1.75rem 0 .4rem; font-size: .9rem; display: flex; flex-wrap: wrap; gap: 0 .9rem; break-after: avoid }
-p, figcaption, dt, thead, h3 span, .key { color: var(--muted); font-weight: 400 }
-p { margin: .25rem 0 1rem; break-after: avoid }
-dl { margin: 0; columns: 2 26rem; font-size: .9rem }
-dl.narrow { columns: 3 17rem }
+h2 { margin: 3rem 0 .75rem; font-size: 1.2rem }
+h3 { margin: 1.75rem 0 .4rem; font-size: .9rem }
+p, figcaption, dt, thead, .key { color: var(--muted) }
+p { margin: .25rem 0 1rem }
+dl { margin: 0; columns: 2 24rem; font-size: .9rem }
 dl div { display: flex; gap: .75rem; break-inside: avoid }
 dt { flex: 0 0 8rem }
 dd { margin: 0; min-width: 0 }
-figure { margin: 0; min-width: 0; font-size: .85rem }
+figure { margin: 0; font-size: .85rem }
 img { display: block; width: 100%; border-radius: 3px }
 .key { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1.5rem 0 }
-.key div { padding: .8rem 1rem; border-radius: .5rem; background: var(--soft); font-size: .9rem }
-.key b { display: block; color: var(--ink); font-size: 1.9rem; line-height: 1.25; font-weight: 600 }
+.key div { padding: .8rem 1rem; border-radius: .5rem; background: var(--soft) }
+.key b { display: block; color: var(--ink); font-size: 1.9rem; line-height: 1.25 }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem 2.5rem }
 svg { display: block; width: 100%; font-size: 12px; fill: var(--muted) }
 svg line { stroke: var(--line) }
 svg path { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
-svg .raw { color: var(--blue); stroke-width: 1; opacity: .35 }
 .blue { color: var(--blue); --hue: var(--blue) }
 .orange { color: var(--orange); --hue: var(--orange) }
-.legend { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; font-size: .85rem }
-figcaption i { display: inline-block; width: 1.1rem; margin-right: .4rem; border-top: 2px solid }
-.swatch { display: inline-block; width: .75em; height: .75em; margin-right: .5em; border-radius: 2px }
+figcaption i, th i { display: inline-block; width: .75em; height: .75em; margin-right: .5em; background: currentColor }
 .wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .9rem; line-height: 1.35; overflow-wrap: normal }
+table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal }
 th { font-weight: 400; white-space: nowrap }
-tr { break-inside: avoid }
 .classes { width: 100%; text-align: right }
 .classes :is(th, td) { padding: .3rem 0 .3rem 1.2rem; border-bottom: 1px solid var(--line) }
 .classes th:first-child { padding-left: 0; text-align: left }
 .bar { width: 45% }
-.bar div { height: .6rem; border-radius: 0 2px 2px 0; background: var(--blue) }
+.bar div { height: .6rem; background: var(--blue) }
 .confusion { border-collapse: separate; border-spacing: 1px; font-size: .8rem; text-align: center }
-.confusion th { position: sticky; left: 0; padding: 0 .5rem 0 0; text-align: right; background: var(--paper) }
-.confusion thead th { position: static; writing-mode: vertical-rl; rotate: 180deg; padding: .4rem 0; text-align: left }
-.confusion tbody td { min-width: 2.1rem; height: 2.1rem; border-radius: 3px; color: var(--ink);
-  background: color-mix(in srgb, var(--hue) calc(var(--heat) * 1%), var(--soft)) }
-.confusion tbody .deep { color: var(--paper) }
-.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: .5rem; break-inside: avoid }
-@media print { :root { font-size: 10px } }
-@media screen and (max-width: 40rem) {
+.confusion th { padding-right: .5rem; text-align: right }
+.confusion thead th { writing-mode: vertical-rl; rotate: 180deg; padding: .4rem 0; text-align: left }
+.confusion tbody td { min-width: 2.1rem; height: 2.1rem; color: var(--ink);
+  background: color-mix(in srgb, var(--hue) calc(var(--heat) * .6%), var(--soft)) }
+.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: .5rem }
+@media (max-width: 40rem) {
   svg { font-size: 15px }
-  dt { flex-basis: 5rem }
   .tiles { grid-template-columns: 1fr 1fr }
   .classes { font-size: .75rem }
   .classes :is(th, td) { padding-left: .4rem }
-  .confusion { font-size: .7rem }
-  .confusion tbody td { min-width: 1.45rem; height: 1.45rem }
 }
 """
 
@@ -116,13 +103,6 @@ def read_curves(log: Path) -> dict[str, np.ndarray]:
     return {name: array[np.isfinite(array[:, 1])] for name, array in arrays.items()}  # None has become NaN
 
 
-def smooth(curve: np.ndarray) -> np.ndarray:
-    """The median of a tenth of the curve around each of its points, of less near its ends."""
-    half = len(curve) // 20
-    windows = [curve[max(0, i - half) : i + min(half, i) + 1, 1] for i in range(len(curve))]
-    return np.stack([curve[:, 0], [np.median(window) for window in windows]], 1)
-
-
 def ticks(end: float) -> list[float]:
     """At most six multiples of 1, 2 or 5 times a power of ten, from 0 up to `end` > 0."""
     power = 10.0 ** math.floor(math.log10(end / 5))
@@ -130,8 +110,8 @@ def ticks(end: float) -> list[float]:
     return [step * i for i in range(int(end / step + 1e-9) + 1)]
 
 
-def chart(curves: dict[str, np.ndarray], top: float, x_title: str, captions: dict[str, str]) -> str:
-    """Curves, {CSS class: (n, 2) points}, as inline SVG over axes that start at 0; values above `top` are cut."""
+def chart(curves: dict[str, np.ndarray], top: float, x_title: str) -> str:
+    """Up to two curves, {caption: (n, 2) points}, as SVG over axes that start at 0; values above `top` are cut."""
     left, right, upper, lower = 44, 456, 8, 206
     last = max(1, *(curve[-1, 0] for curve in curves.values()))
     parts = [f'<text x="{(left + right) / 2}" y="{lower + 38}" text-anchor="middle">{x_title}</text>']
@@ -143,42 +123,38 @@ def chart(curves: dict[str, np.ndarray], top: float, x_title: str, captions: dic
         if value <= last:
             x = left + (right - left) * value / last
             parts.append(f'<text x="{x:.1f}" y="{lower + 18}" text-anchor="middle">{value:,.0f}</text>')
-    for name, curve in curves.items():
+    legend = []
+    for colour, (caption, curve) in zip(("blue", "orange"), curves.items()):
         x = left + (right - left) * curve[:, 0] / last
         y = lower - (lower - upper) * np.minimum(curve[:, 1], top) / top
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
-        parts.append(f'<path class="{name}" d="M{path}h0"/>')  # h0: a single point becomes a dot
-    legend = "".join(f'<span><i class="{name}"></i>{caption}</span>' for name, caption in captions.items())
+        parts.append(f'<path class="{colour}" d="M{path}h0"/>')  # h0: a single point becomes a dot
+        legend.append(f'<div><i class="{colour}"></i>{caption}</div>')
     svg = f'<svg viewBox="0 0 480 250" role="img">{"".join(parts)}</svg>'
-    return f'<figure>{svg}<figcaption class="legend">{legend}</figcaption></figure>'
+    return f"<figure>{svg}<figcaption>{''.join(legend)}</figcaption></figure>"
 
 
 def training_curves(log: Path) -> str:
-    """The charts of a run: its loss; its mIoU and pixel accuracy in per cent."""
+    """The charts of a run: its loss, as medians of up to 100 parts; its mIoU and pixel accuracy in per cent."""
     curves = read_curves(log) if log.is_file() else {}
     charts = []
     if len(loss := curves.get("loss", ())):
-        loss = loss[:: math.ceil(len(loss) / 500)]
-        median = smooth(loss)
-        caption = {"blue": f"training loss, running median: last {median[-1, 1]:.4g}"}
-        charts.append(chart({"raw": loss, "blue": median}, 1.05 * median[:, 1].max() or 1, "step", caption))
+        parts = np.array_split(loss, min(len(loss), 100))
+        medians = np.array([np.median(part, axis=0) for part in parts])
+        caption = f"training loss, median: last {medians[-1, 1]:.4g}"
+        charts.append(chart({caption: medians}, 1.05 * medians[:, 1].max(), "step"))
     if len(curves.get("miou", ())):
-        scores = {"blue": curves["miou"] * (1, 100), "orange": curves["pixel_accuracy"] * (1, 100)}
-        best = {colour: curve[curve[:, 1].argmax()] for colour, curve in scores.items()}
-        titles = {"blue": "mIoU", "orange": "pixel accuracy"}
-        captions = {name: f"{titles[name]}, %: best {y:.2f} in epoch {x:.0f}" for name, (x, y) in best.items()}
-        charts.append(chart(scores, 100, "epoch", captions))
+        scores = {}
+        for title, name in (("mIoU", "miou"), ("pixel accuracy", "pixel_accuracy")):
+            epoch, best = max(curves[name], key=lambda point: point[1])
+            scores[f"{title}, %: best {100 * best:.2f} in epoch {epoch:.0f}"] = curves[name] * (1, 100)
+        charts.append(chart(scores, 100, "epoch"))
     if not charts:
         return "<p>No curves: the weights are not in the checkpoints folder of a run that has logs/metrics.jsonl.</p>"
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
-
-
-def class_label(classes: Classes, i: int) -> str:
-    """Colour and name of a class."""
-    return f'<i class="swatch" style="background:rgb{tuple(classes.colours[i])}"></i>{escape(classes.names[i])}'
 
 
 def class_table(result: dict, confusion: np.ndarray, classes: Classes) -> str:
@@ -194,23 +170,23 @@ def class_table(result: dict, confusion: np.ndarray, classes: Classes) -> str:
         values += [class_iiou.get(name)] if class_iiou else []
         bar = f'<td class="bar"><div style="width:{100 * (iou or 0):.2f}%"></div></td>'
         cells = "".join(f"<td>{percent(value)}</td>" for value in values)
-        rows.append(f"<th>{class_label(classes, i)}</th>{bar}{cells}")
-    note = "<p>Pixels: share of the labelled ones. A dash: there is nothing to count, and no mean includes it.</p>"
-    return note + table("classes", rows)
+        swatch = f'<i style="background:rgb{tuple(classes.colours[i])}"></i>'
+        rows.append(f"<th>{swatch}{escape(name)}</th>{bar}{cells}")
+    return table("classes", rows)
 
 
 def confusion_table(confusion: np.ndarray, names: Sequence[str]) -> str:
     """A row for each class of the truth: the share of its pixels that each class was predicted for, in per cent."""
-    rows = ["<td>truth ↓ &nbsp;predicted →</td>" + "".join(f"<th>{escape(name)}</th>" for name in names)]
+    rows = ["<td>truth ↓ &nbsp;predicted →, in %</td>" + "".join(f"<th>{escape(name)}</th>" for name in names)]
     for i, name in enumerate(names):
-        cells = []
+        cells = [f"<th>{escape(name)}</th>"]
         for j, share in enumerate(100 * confusion[i] / max(1, confusion[i].sum())):
-            style = f"{'blue' if i == j else 'orange'}{' deep' if share > 40 else ''}"
+            colour = "blue" if i == j else "orange"
             heat = 10 * math.sqrt(share)  # the root makes small shares visible
-            cells.append(f'<td class="{style}" style="--heat:{heat:.0f}">{f"{share:.0f}" if share >= 0.5 else ""}</td>')
-        rows.append(f"<th>{escape(name)}</th>{''.join(cells)}")
-    note = "<p>Share of the pixels of a class, a row, for which each class was predicted, in %.</p>"
-    return note + table("confusion", rows)
+            text = f"{share:.0f}" if share >= 0.5 else ""
+            cells.append(f'<td class="{colour}" style="--heat:{heat:.0f}">{text}</td>')
+        rows.append("".join(cells))
+    return table("confusion", rows)
 
 
 def table(style: str, rows: Sequence[str]) -> str:
@@ -219,14 +195,14 @@ def table(style: str, rows: Sequence[str]) -> str:
     return f'<div class="wide"><table class="{style}"><thead>{head}</thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
-def definitions(values: dict[str, object], style: str = "") -> str:
+def definitions(values: dict[str, object]) -> str:
     """Names and values as a list, without those that are None or empty."""
     rows = []
     for name, value in values.items():
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         if value is not None and text:
             rows.append(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>")
-    return f'<dl class="{style}">{"".join(rows)}</dl>'
+    return f"<dl>{''.join(rows)}</dl>"
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -255,18 +231,16 @@ def pictures(image: Tensor, label: Tensor, prediction: Tensor, classes: Classes)
     }
 
 
-def worst_images(rows: Sequence[tuple[str, float, float, dict[str, str]]], classes: Classes) -> str:
+def worst_images(rows: Sequence[tuple[str, float, float, dict[str, str]]]) -> str:
     """Rows of name, pixel accuracy, mIoU and `pictures`."""
-    parts = [f"<p>The {len(rows)} with the lowest pixel accuracy. Errors are orange, pixels without a label black.</p>"]
-    legend = (f"<span>{class_label(classes, i)}</span>" for i in range(len(classes.names)))
-    parts.append(f'<div class="legend">{"".join(legend)}</div>')
+    parts = ["<p>Those with the lowest pixel accuracy. Errors are orange, pixels without a label black.</p>"]
     for name, accuracy, miou, tiles in rows:
-        scores = f"<span>pixel accuracy {percent(accuracy)} %</span> <span>mIoU {percent(miou)} %</span>"
-        parts.append(f'<h3>{escape(name)} {scores}</h3><div class="tiles">')
-        for caption, uri in tiles.items():
-            picture = f'<img src="{uri}" alt="{caption} of {escape(name)}">'
-            parts.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
-        parts.append("</div>")
+        parts.append(f"<h3>{escape(name)} pixel accuracy {percent(accuracy)} %, mIoU {percent(miou)} %</h3>")
+        figures = (
+            f'<figure><img src="{uri}" alt="{caption} of {escape(name)}"><figcaption>{caption}</figcaption></figure>'
+            for caption, uri in tiles.items()
+        )
+        parts.append(f'<div class="tiles">{"".join(figures)}</div>')
     return "".join(parts)
 
 
@@ -276,15 +250,11 @@ def worst_images(rows: Sequence[tuple[str, float, float, dict[str, str]]], class
 def make_page(title: str, result: dict, facts: dict[str, object], sections: dict[str, str]) -> str:
     """The page as HTML: key figures, facts, and sections, {heading: HTML}."""
     names = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "miiou": "iIoU", "category_miou": "mIoU of categories"}
-    key = (
-        f"<div><b>{percent(result[key])} %</b>{name}</div>"
-        for key, name in names.items()
-        if result.get(key) is not None
-    )
+    key = [f"<div><b>{percent(result[key])} %</b>{names[key]}</div>" for key in names if result.get(key) is not None]
     body = [f'<h1>{escape(title)}</h1><div class="key">{"".join(key)}</div>{definitions(facts)}']
     body += [f"<h2>{heading}</h2>\n{section}" for heading, section in sections.items() if section]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     body = "\n".join(body)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>{body}</body></html>\n'
 
 
@@ -305,9 +275,8 @@ def main(argv: list[str] | None = None) -> None:
     segment = make_segment(args, model, device)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # rather now than after the evaluation
     scores, accuracies = SplitScores(dataset), []
-    for index, _, label, prediction in evaluate(
-        segment, dataset, workers=args.workers, rank=rank, world_size=world_size
-    ):
+    predictions = evaluate(segment, dataset, workers=args.workers, rank=rank, world_size=world_size)
+    for index, _, label, prediction in predictions:
         figures = metrics(scores.add(index, label, prediction), dataset.classes)
         if figures["miou"] is not None:
             accuracies.append((figures["pixel_accuracy"], figures["miou"], index))
@@ -318,10 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     for accuracy, miou, index in sorted(accuracies)[: args.images]:
         image, label = dataset[index]
         tiles = pictures(image, label, segment(image[None])[0], classes)
-        worst.append((os.path.relpath(dataset.samples[index].image, args.data), accuracy, miou, tiles))
-    logs = Path(args.weights).resolve().parent.parent / "logs"
-    train_log = (logs / "train.log").read_text(encoding="utf-8") if (logs / "train.log").is_file() else ""
-    commits = list(dict.fromkeys(re.findall(r"^code (\S+)", train_log, re.MULTILINE)))  # several for a resumed run
+        worst.append((str(dataset.samples[index].image.relative_to(args.data)), accuracy, miou, tiles))
     facts = {
         "weights": args.weights + (f", epoch {checkpoint['epoch']}" if "epoch" in checkpoint else ""),
         "data": f"{args.data}, {args.dataset} {args.split}, {len(dataset)} images",
@@ -329,16 +295,14 @@ def main(argv: list[str] | None = None) -> None:
         "flip": args.flip,
         "window": args.window,
         "device": f"{name_of(device)}, {segment.precision}",
-        "torch": torch.__version__,
-        "commit": commits,
-        "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
     }
+    log = Path(args.weights).resolve().parent.parent / "logs" / "metrics.jsonl"
     sections = {
-        "Training": training_curves(logs / "metrics.jsonl"),
+        "Training": training_curves(log),
         "Classes": class_table(result, confusion, classes),
         "Confusion matrix": confusion_table(confusion, classes.names),
-        "Worst images": worst_images(worst, classes) if worst else "",
-        "Arguments of the training": definitions(checkpoint["args"], "narrow") if "args" in checkpoint else "",
+        "Worst images": worst_images(worst) if worst else "",
+        "Arguments of the training": definitions(checkpoint["args"]) if "args" in checkpoint else "",
     }
     page = make_page(f"Fast-SCNN on {Path(args.data).resolve().name}, {args.split}", result, facts, sections)
     Path(args.out).write_text(page, encoding="utf-8", errors="backslashreplace")  # file names may be no text
