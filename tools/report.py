@@ -21,7 +21,6 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -42,19 +41,16 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 70rem; background: 
   font: .94rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
 h1 { margin: 0; font-size: 1.7rem; line-height: 1.2 }
 h2 { margin: 3rem 0 .75rem; font-size: 1.2rem }
-h3 { margin: 1.75rem 0 .4rem; font-size: .9rem }
 p, figcaption, dt, thead, .key { color: var(--muted) }
-p { margin: .25rem 0 1rem }
-dl { margin: 0; columns: 2 24rem; font-size: .9rem }
-dl div { display: flex; gap: .75rem; break-inside: avoid }
-dt { flex: 0 0 8rem }
-dd { margin: 0; min-width: 0 }
-figure { margin: 0; font-size: .85rem }
+h3, dl, table, figcaption { font-size: .9rem }
+dl, dd, figure { margin: 0 }
+dl, .charts { columns: 2 22rem; column-gap: 2.5rem }
+figure, dl div { break-inside: avoid }
+dl div { display: grid; grid-template-columns: 8rem 1fr; gap: .75rem }
 img { display: block; width: 100%; border-radius: 3px }
 .key { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1.5rem 0 }
 .key div { padding: .8rem 1rem; border-radius: .5rem; background: var(--soft) }
 .key b { display: block; color: var(--ink); font-size: 1.9rem; line-height: 1.25 }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem 2.5rem }
 svg { display: block; width: 100%; font-size: 12px; fill: var(--muted) }
 svg line { stroke: var(--line) }
 svg path { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
@@ -62,7 +58,7 @@ svg path { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: r
 .orange { color: var(--orange); --hue: var(--orange) }
 figcaption i, th i { display: inline-block; width: .75em; height: .75em; margin-right: .5em; background: currentColor }
 .wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal }
+table { border-collapse: collapse; overflow-wrap: normal }
 th { font-weight: 400; white-space: nowrap }
 .classes { width: 100%; text-align: right }
 .classes :is(th, td) { padding: .3rem 0 .3rem 1.2rem; border-bottom: 1px solid var(--line) }
@@ -149,12 +145,11 @@ def training_curves(log: Path) -> str:
             epoch, best = max(curves[name], key=lambda point: point[1])
             scores[f"{title}, %: best {100 * best:.2f} in epoch {epoch:.0f}"] = curves[name] * (1, 100)
         charts.append(chart(scores, 100, "epoch"))
-    if not charts:
-        return "<p>No curves: the weights are not in the checkpoints folder of a run that has logs/metrics.jsonl.</p>"
-    return f'<div class="charts">{"".join(charts)}</div>'
+    nothing = "No curves: the weights are not in the checkpoints folder of a run that has logs/metrics.jsonl."
+    return f'<div class="charts">{"".join(charts) or nothing}</div>'
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
+# -------------------------------------------------------------------------------------------------- tables and pictures
 
 
 def class_table(result: dict, confusion: np.ndarray, classes: Classes) -> str:
@@ -205,9 +200,6 @@ def definitions(values: dict[str, object]) -> str:
     return f"<dl>{''.join(rows)}</dl>"
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
-
-
 def data_uri(picture: Image.Image, kind: str) -> str:
     """The picture, at most 480 pixels wide, as text within the page."""
     picture.thumbnail((480, 1920), Image.Resampling.BOX)
@@ -242,9 +234,6 @@ def worst_images(rows: Sequence[tuple[str, float, float, dict[str, str]]]) -> st
         )
         parts.append(f'<div class="tiles">{"".join(figures)}</div>')
     return "".join(parts)
-
-
-# ------------------------------------------------------------------------------------------------------------- the page
 
 
 def make_page(title: str, result: dict, facts: dict[str, object], sections: dict[str, str]) -> str:
@@ -291,14 +280,11 @@ def main(argv: list[str] | None = None) -> None:
     facts = {
         "weights": args.weights + (f", epoch {checkpoint['epoch']}" if "epoch" in checkpoint else ""),
         "data": f"{args.data}, {args.dataset} {args.split}, {len(dataset)} images",
-        "scales": args.scales,
-        "flip": args.flip,
-        "window": args.window,
         "device": f"{name_of(device)}, {segment.precision}",
     }
-    log = Path(args.weights).resolve().parent.parent / "logs" / "metrics.jsonl"
+    facts |= {"scales": args.scales, "flip": args.flip, "window": args.window}
     sections = {
-        "Training": training_curves(log),
+        "Training": training_curves(Path(args.weights).resolve().parents[1] / "logs" / "metrics.jsonl"),
         "Classes": class_table(result, confusion, classes),
         "Confusion matrix": confusion_table(confusion, classes.names),
         "Worst images": worst_images(worst) if worst else "",
