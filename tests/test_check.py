@@ -110,8 +110,8 @@ def test_splits_may_be_joined_or_listed(folder_dataset, capsys):
 
 def test_the_folder_is_given_once(folder_dataset):
     assert main(["--data", str(folder_dataset)]) == 0
-    for flags in ([], [str(folder_dataset), "--data", str(folder_dataset)]):
-        with pytest.raises(UsageError, match="give the dataset's folder once"):
+    for flags, message in (([], "required"), ([str(folder_dataset), "--data", str(folder_dataset)], "not allowed")):
+        with pytest.raises(UsageError, match=message):
             main(flags)
 
 

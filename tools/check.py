@@ -28,22 +28,14 @@ from PIL import Image
 
 from data import IGNORE, DataError, SegmentationDataset, find_samples, read_classes, split_names
 from eval import contact_sheet
-from launch import OneLineParser, UsageError, exit_status
+from launch import OneLineParser, exit_status
 from model import MIN_SIZE
-
-SHEET_ROWS = 6  # images of every split
 
 
 def check(name: str, root: Path, splits: list[str]) -> dict:
-    """Reads the given splits of a dataset, or else all of them. Raises DataError if there is no such dataset.
-
-    Returns:
-        {"dataset", "splits": {split: see `check_split`}, "problems": [...], "notes": [...]}.
-    """
+    """What is in the given splits of a dataset, or in all, and what is wrong. Raises DataError for no such dataset."""
     classes, table = read_classes(name, root)
-    report = {"dataset": name, "splits": {}, "problems": [], "notes": []}
-    problems, notes = report["problems"], report["notes"]
-    first_with: dict[bytes, Path] = {}  # the first image of every digest
+    contents, problems, notes, first_with = {}, [], [], {}  # the last one: the first image of every digest
     for split in splits or existing_splits(name, root):
         try:
             samples, unpaired = find_samples(name, root, split)
@@ -53,40 +45,32 @@ def check(name: str, root: Path, splits: list[str]) -> dict:
         if not samples and split not in ("train", "val"):
             notes.append(f"{split}: no label maps; its images can be predicted, but not evaluated")
             continue
-        report["splits"][split], faults, digests = check_split(SegmentationDataset(samples, classes, table))
+        content, faults, digests = check_split(SegmentationDataset(samples, classes, table))
+        contents[split] = content
         problems += unpaired + faults
         for path, digest in digests.items():
             other = first_with.setdefault(digest, path)
             if other != path:
                 problems.append(f"{path}: same image as {other}; remove one, most of all if they are in two splits")
-        shares = report["splits"][split]["classes"]
-        if any(shares.values()):
-            notes += [f"{split}: no pixel of class {name}" for name, share in shares.items() if not share]
+        if any(content["classes"].values()):
+            notes += [f"{split}: no pixel of class {name}" for name, share in content["classes"].items() if not share]
         else:  # as in the test split of Cityscapes
             lines = problems if split in ("train", "val") else notes
             lines.append(f"{split}: no pixel has a label; it can be predicted, but not evaluated")
     for split, flag in (("train", "--split"), ("val", "--val-split")):
-        if not splits and split not in report["splits"]:
+        if not splits and split not in contents:
             notes.append(f"no split {split}: set some images apart, or give train.py another with {flag}")
-    return report
+    return {"dataset": name, "splits": contents, "problems": problems, "notes": notes}
 
 
 def existing_splits(name: str, root: Path) -> list[str]:
-    """The splits in a dataset's folder, train and val first."""
-    parent = root / {"cityscapes": "leftImg8bit", "camvid": "", "folder": "images"}[name]
-    found = [path.name for path in parent.glob("[!.]*") if path.is_dir()]
-    if name == "camvid":
-        found = [split for split in found if f"{split}annot" in found]
-    return sorted(found, key=lambda split: (split != "train", split != "val", split)) or ["train"]
+    """The splits in a dataset's folder."""
+    pattern = {"cityscapes": "leftImg8bit/[!.]*", "camvid": "*annot", "folder": "images/[!.]*"}[name]
+    return sorted(path.name.removesuffix("annot") for path in root.glob(pattern) if path.is_dir()) or ["train"]
 
 
 def check_split(dataset: SegmentationDataset) -> tuple[dict, list[str], dict[Path, bytes]]:
-    """Reads all images and label maps of a split.
-
-    Returns:
-        {"images", "sizes": {"WxH": images}, "unlabelled": share of the pixels, "classes": {name: share of the labelled
-        pixels}}; the problems; a digest of every image.
-    """
+    """What is in a split, {"images", "sizes", "unlabelled", "classes"}; its problems; and a digest of every image."""
     problems, unlabelled, digests, sizes, pixels = [], [], {}, Counter(), np.zeros(256, np.int64)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(read_sample, [dataset] * len(dataset), range(len(dataset)))
@@ -103,14 +87,13 @@ def check_split(dataset: SegmentationDataset) -> tuple[dict, list[str], dict[Pat
                 problems.append(f"{sample.image}: {width}x{height} pixels, expected at least {MIN_SIZE}x{MIN_SIZE}")
     names = dataset.classes.names
     labelled = int(pixels[: len(names)].sum())
-    problems += unlabelled if labelled else []
     content = {
         "images": len(dataset),
-        "sizes": dict(sizes.most_common()),
-        "unlabelled": float(pixels[IGNORE] / max(1, pixels.sum())),
+        "sizes": dict(sizes.most_common()),  # {"WxH": images}
+        "unlabelled": float(pixels[IGNORE] / max(1, pixels.sum())),  # share of all pixels; below, of the labelled ones
         "classes": {name: float(count / max(1, labelled)) for name, count in zip(names, pixels)},
     }
-    return content, problems, digests
+    return content, problems + (unlabelled if labelled else []), digests
 
 
 def read_sample(dataset: SegmentationDataset, index: int) -> tuple[tuple[int, int], np.ndarray, bytes] | DataError:
@@ -126,7 +109,7 @@ def read_sample(dataset: SegmentationDataset, index: int) -> tuple[tuple[int, in
 def sheet_rows(name: str, root: Path, split: str) -> Iterator[list[Image.Image]]:
     """Some images of a split, evenly spaced, without and with their labels in colour."""
     dataset = SegmentationDataset(find_samples(name, root, split)[0], *read_classes(name, root))
-    for index in np.linspace(0, len(dataset) - 1, min(SHEET_ROWS, len(dataset))).astype(int):
+    for index in np.linspace(0, len(dataset) - 1, min(6, len(dataset))).astype(int):
         with contextlib.suppress(DataError):  # is in the report
             image, label = dataset.read(index)
             yield [image, Image.blend(image, dataset.classes.colour_map(label), 0.6)]
@@ -141,9 +124,7 @@ def print_report(report: dict) -> None:
     print(f"{'share of the labelled pixels':<32}" + "".join(f"{split:>12}" for split in splits))
     for name in next(iter(splits.values()), {"classes": ()})["classes"]:
         print(f"  {name:<30}" + "".join(f"{content['classes'][name]:12.3%}" for content in splits.values()))
-    print(
-        f"{'unlabelled, of all pixels':<32}" + "".join(f"{content['unlabelled']:12.3%}" for content in splits.values())
-    )
+    print(f"{'unlabelled':<32}" + "".join(f"{content['unlabelled']:12.3%}" for content in splits.values()))
     for note in report["notes"]:
         print(f"note: {note}")
     kinds: dict[str, list[str]] = {}
@@ -157,19 +138,18 @@ def print_report(report: dict) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of tools/check.py."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", metavar="ROOT", nargs="?", help="the dataset's folder, the same as --data ROOT")
-    parser.add_argument("--data", metavar="ROOT", help="the dataset's folder")
+    folder = parser.add_mutually_exclusive_group(required=True)
+    folder.add_argument("root", metavar="ROOT", nargs="?", help="the dataset's folder")
+    folder.add_argument("--data", metavar="ROOT", help="the same")
     parser.add_argument("--dataset", default="folder", help="folder, cityscapes or camvid (default: %(default)s)")
     parser.add_argument("--splits", nargs="+", default=[], metavar="SPLIT", help="splits to check (default: all)")
-    parser.add_argument("--sheet", metavar="FILE", help=f"also write a picture of {SHEET_ROWS} images per split")
+    parser.add_argument("--sheet", metavar="FILE", help="also write a picture of 6 images per split")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Checks as the command line says; the exit status."""
     args = get_args_parser().parse_args(argv)
-    if (args.root is None) == (args.data is None):
-        raise UsageError("give the dataset's folder once, as in tools/check.py ROOT")
     root, splits = Path(args.root or args.data), split_names("+".join(args.splits)) if args.splits else []
     report = check(args.dataset, root, splits)
     print_report(report)

@@ -45,7 +45,7 @@ p, figcaption, dt, thead, .key { color: var(--muted) }
 h3, dl, table, figcaption { font-size: .9rem }
 dl, dd, figure { margin: 0 }
 dl, .charts { columns: 2 22rem; column-gap: 2.5rem }
-figure, dl div { break-inside: avoid }
+p, figure, dl div { break-inside: avoid }
 dl div { display: grid; grid-template-columns: 8rem 1fr; gap: .75rem }
 img { display: block; width: 100%; border-radius: 3px }
 .key { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1.5rem 0 }
@@ -145,7 +145,7 @@ def training_curves(log: Path) -> str:
             epoch, best = max(curves[name], key=lambda point: point[1])
             scores[f"{title}, %: best {100 * best:.2f} in epoch {epoch:.0f}"] = curves[name] * (1, 100)
         charts.append(chart(scores, 100, "epoch"))
-    nothing = "No curves: the weights are not in the checkpoints folder of a run that has logs/metrics.jsonl."
+    nothing = "<p>No curves: the weights are not in the checkpoints folder of a run that has logs/metrics.jsonl.</p>"
     return f'<div class="charts">{"".join(charts) or nothing}</div>'
 
 
