@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +33,15 @@ def shared_data(name: str) -> Path:
     if not (SHARED / name).is_dir():
         pytest.skip(f"real data: {SHARED / name} is not on this machine")
     return SHARED / name
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """What train.py installs ends with its test: processes that a later one forks would ignore SIGTERM."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
