@@ -85,13 +85,12 @@ def check_split(dataset: SegmentationDataset) -> tuple[dict, list[str], dict[Pat
                 unlabelled.append(f"{sample.label}: no pixel has a label; label it, or remove it and its image")
             if min(width, height) < MIN_SIZE:
                 problems.append(f"{sample.image}: {width}x{height} pixels, expected at least {MIN_SIZE}x{MIN_SIZE}")
-    names = dataset.classes.names
-    labelled = int(pixels[: len(names)].sum())
+    labelled = int(pixels[:IGNORE].sum())
     content = {
         "images": len(dataset),
         "sizes": dict(sizes.most_common()),  # {"WxH": images}
         "unlabelled": float(pixels[IGNORE] / max(1, pixels.sum())),  # share of all pixels; below, of the labelled ones
-        "classes": {name: float(count / max(1, labelled)) for name, count in zip(names, pixels)},
+        "classes": {name: float(count / max(1, labelled)) for name, count in zip(dataset.classes.names, pixels)},
     }
     return content, problems + (unlabelled if labelled else []), digests
 
