@@ -15,8 +15,8 @@ import copy
 import functools
 import itertools
 import json
+import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,16 +36,11 @@ from ops_ext import accelerate, fast_precision
 PAPER_SIZES = ((1024, 2048), (512, 1024), (256, 512))  # height and width in pixels, table 8
 WARMUP = 3  # runs or steps before those that count
 
-# ------------------------------------------------------------------------------------------------------- other runtimes
-
 Segment = Callable[[Tensor], Tensor]  # from (N, H, W, 3) uint8 RGB to (N, H, W) uint8 labels
 
 
 class ImagesToLabels(nn.Module):
-    """The network in plain PyTorch: (N, H, W, 3) uint8 RGB -> (N, H, W) uint8 labels.
-
-    planes: make the input contiguous as (N, 3, H, W), as torchvision's ToTensor does; else it is in channels_last.
-    """
+    """The network in plain PyTorch, a Segment; its input is (N, 3, H, W) in channels_last, or else in planes."""
 
     def __init__(self, model: FastSCNN, planes: bool = False):
         super().__init__()
@@ -58,14 +53,11 @@ class ImagesToLabels(nn.Module):
         return self.model(pixels.contiguous() if self.planes else pixels).argmax(1).to(torch.uint8)
 
 
-def in_pytorch(
-    model: FastSCNN, _images: Tensor, device: torch.device, *, planes=False, compile_mode="", bf16=False
-) -> Segment:
+def in_pytorch(model: FastSCNN, images: Tensor, device, *, planes=False, compile_mode="", bf16=False) -> Segment:
     network = ImagesToLabels(model, planes).to(device)
     if compile_mode:
         network = torch.compile(network, mode=compile_mode, dynamic=False)
 
-    @torch.no_grad()
     def segment(images: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return network(images.to(device))
@@ -73,31 +65,28 @@ def in_pytorch(
     return segment
 
 
-def write_onnx(model: FastSCNN, images: Tensor, path: str) -> None:
-    """Writes the network for images of this size."""
+def onnx_model(model: FastSCNN, images: Tensor) -> bytes:
+    """The network for images of this size, as the content of an ONNX file."""
     for package in ("onnx", "onnxscript"):
         import_option(package, "--against onnxruntime or openvino")
     network = ImagesToLabels(model).eval()
-    torch.onnx.export(network, (images,), path, input_names=["images"], dynamo=True, verbose=False)
+    program = torch.onnx.export(network, (images,), input_names=["images"], dynamo=True, verbose=False)
+    return program.model_proto.SerializeToString()
 
 
-def in_onnxruntime(model: FastSCNN, images: Tensor, _device: torch.device) -> Segment:
+def in_onnxruntime(model: FastSCNN, images: Tensor, device) -> Segment:
     runtime = import_option("onnxruntime", "--against onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        write_onnx(model, images, f"{folder}/model.onnx")
-        session = runtime.InferenceSession(f"{folder}/model.onnx", options, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(onnx_model(model, images), options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def in_openvino(model: FastSCNN, images: Tensor, _device: torch.device, *, precision: str = "f32") -> Segment:
-    openvino = import_option("openvino", "--against openvino")
+def in_openvino(model: FastSCNN, images: Tensor, device, *, precision="f32") -> Segment:
+    core = import_option("openvino", "--against openvino").Core()
     hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     hints["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        write_onnx(model, images, f"{folder}/model.onnx")
-        network = openvino.Core().compile_model(f"{folder}/model.onnx", "CPU", hints)
+    network = core.compile_model(core.read_model(onnx_model(model, images)), "CPU", hints)
     return lambda images: torch.from_numpy(network([images.numpy()])[0])
 
 
@@ -110,9 +99,6 @@ RUNTIMES = {  # each makes a Segment of a network, for images of one size
     "openvino": in_openvino,
     "openvino-bf16": functools.partial(in_openvino, precision="bf16"),
 }
-
-
-# ------------------------------------------------------------------------------------------------------------ inference
 
 
 def latency_ms(segment: Segment, images: Tensor, repeats: int) -> dict[str, float]:
@@ -135,8 +121,7 @@ def time_inference(args: argparse.Namespace) -> dict:
     params = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("aux_"))
     results = []
     for height, width in [args.size] if args.size else PAPER_SIZES:
-        shape = (args.batch_size, height, width, 3)
-        images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+        images = torch.randint(0, 256, (args.batch_size, height, width, 3), dtype=torch.uint8)
         result = {"device": name_of(device), "precision": ours.precision, "size": [height, width]}
         result |= {"batch_size": args.batch_size, "latency_ms": latency_ms(ours, images, args.repeats)}
         result |= {"fps": round(1000 * args.batch_size / result["latency_ms"]["median"], 3), "params": params}
@@ -159,9 +144,6 @@ def print_latencies(result: dict) -> None:
         print(f"    {stage} {ms:.2f} ms")
 
 
-# ------------------------------------------------------------------------------------------------------------- training
-
-
 def batches(run: train.Run) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of all epochs."""
     for epoch in itertools.count(1):
@@ -169,8 +151,10 @@ def batches(run: train.Run) -> Iterator[tuple[Tensor, Tensor]]:
         yield from run.loader
 
 
-def images_per_s(run: train.Run, steps: int, work: Callable[[], object]) -> float:
-    """Of all processes, over `steps` calls of `work`, each of which is for one batch."""
+def images_per_s(run: train.Run, steps: int, work: Callable[[], object], skip: int = 0) -> float:
+    """Of all processes, over `steps` calls of `work` after `skip` more, each of which is for one batch."""
+    for _ in range(skip):
+        work()
     start = time.perf_counter()
     for _ in range(steps):
         work()
@@ -183,8 +167,6 @@ def peak_memory_mib(device: torch.device) -> float:
     """Of this process since its start; of an accelerator, what PyTorch allocated there."""
     if device.type != "cpu":
         return torch.get_device_module(device).max_memory_allocated(device) / 2**20
-    import resource  # not on Windows
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
 
 
@@ -199,22 +181,16 @@ def time_training(steps: int, flags: list[str]) -> dict:
     run = train.Run(args, datasets, device, rank, world_size)
     run.ddp.train()
     source, prefetched = batches(run), 2 * args.workers + 1
-    for _ in range(prefetched):
-        images, target = next(source)
+    images, target = next(source)
     result = {"device": name_of(device), "processes": world_size, "precision": args.amp, "cache": args.cache}
     result |= {"workers": args.workers, "batch_size": args.batch_size, "crop_size": args.crop_size, "steps": steps}
-    result["loader_images_per_s"] = images_per_s(run, steps, lambda: next(source))
-    for _ in range(WARMUP):
-        train.train_step(run, images, target)
-    result["step_images_per_s"] = images_per_s(run, steps, lambda: train.train_step(run, images, target))
+    result["loader_images_per_s"] = images_per_s(run, steps, lambda: next(source), prefetched)
+    result["step_images_per_s"] = images_per_s(run, steps, lambda: train.train_step(run, images, target), WARMUP)
     for _ in range(prefetched):
         next(source)
     result["images_per_s"] = images_per_s(run, steps, lambda: train.train_step(run, *next(source)))
     result["peak_memory_mib"] = round(peak_memory_mib(device) - memory_before)
     return result if rank == 0 else {}
-
-
-# --------------------------------------------------------------------------------------------------------- command line
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -46,8 +46,8 @@ def exported_program(network: Deployed) -> torch.export.ExportedProgram:
     # At 32 pixels the innermost feature map is a single pixel, which torch.export takes for a constant.
     height, width = (torch.export.Dim(name, min=33, max=2**14) for name in ("height", "width"))
     dynamic = {0: torch.export.Dim("batch", min=1, max=1024), 1: height, 2: width}
-    example = torch.zeros(2, 72, 136, 3, dtype=torch.uint8)
-    return torch.export.export(network, (example,), dynamic_shapes={"images": dynamic})
+    images = torch.zeros(2, 72, 136, 3, dtype=torch.uint8)
+    return torch.export.export(network, (images,), dynamic_shapes={"images": dynamic})
 
 
 def write(program: torch.export.ExportedProgram, path: Path, output: str) -> None:
@@ -55,8 +55,7 @@ def write(program: torch.export.ExportedProgram, path: Path, output: str) -> Non
     if path.suffix == ".pt2":
         torch.export.save(program, path)
     else:
-        names = {"input_names": ["images"], "output_names": [output]}
-        torch.onnx.export(program, dynamo=True, verbose=False, **names).save(path)
+        torch.onnx.export(program, input_names=["images"], output_names=[output], verbose=False).save(path)
 
 
 def load(path: Path) -> Callable[[Tensor], Tensor]:
@@ -85,7 +84,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("file", type=Path, help="the file to write: .onnx, .pt2 (torch.export), or .pth with --as")
     add("--weights", required=True, metavar="FILE", help="checkpoint of train.py or of another project")
-    add("--output", choices=("labels", "logits"), help="what an exported network gives (default: labels)")
+    add("--output", choices=("labels", "logits"), default="labels", help="of an exported network (default: labels)")
     add("--as", dest="variant", choices=[name for name in VARIANTS if name != "paper"],
         help="write the weights under the names of this project; the network must be of this variant")  # fmt: skip
     return parser
@@ -94,12 +93,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Exports as the command line says."""
     args = get_args_parser().parse_args(argv)
-    suffixes = (".pth",) if args.variant else (".onnx", ".pt2")
-    if args.file.suffix not in suffixes:
-        how = f"with --as {args.variant}" if args.variant else "without --as"
-        raise UsageError(f"{args.file} has the suffix {args.file.suffix!r}, expected {' or '.join(suffixes)} {how}")
-    if args.variant and args.output:
-        raise UsageError("--output is for .onnx and .pt2; --as writes weights alone")
+    if args.file.suffix not in ((".pth",) if args.variant else (".onnx", ".pt2")):
+        raise UsageError(f"{args.file} has the suffix {args.file.suffix!r}, expected .onnx, .pt2, or .pth with --as")
     if args.file.suffix == ".onnx":
         for package in ("onnx", "onnxscript"):
             import_option(package, "export to ONNX")
@@ -107,14 +102,12 @@ def main(argv: list[str] | None = None) -> None:
     args.file.parent.mkdir(parents=True, exist_ok=True)
     result = {"file": str(args.file), "weights": args.weights, "variant": model.args["variant"]}
     if args.variant:
-        try:
-            save_for_peer(model, args.file, args.variant)
-        except ValueError as error:
-            raise UsageError(f"{args.weights}: {error}; train with --variant {args.variant}") from None
+        if args.variant != result["variant"]:
+            raise UsageError(f"{args.weights} is of variant {result['variant']}; train with --variant {args.variant}")
+        save_for_peer(model, args.file, args.variant)
     else:
-        network = Deployed(model, args.output or "labels").eval()
+        network = Deployed(model, args.output).eval()
         write(exported_program(network), args.file, network.output)
-        result["output"] = network.output
         try:
             result["agreement"] = round(agreement(load(args.file), network), 6)
             print(f"agrees with PyTorch in {result['agreement']:.2%} of the values, at three sizes")
