@@ -9,8 +9,8 @@ Needs only torch, numpy and pillow, and works when copied alone into another pro
 
 from __future__ import annotations
 
-import colorsys
 import contextlib
+import fnmatch
 import functools
 import glob
 import json
@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 IGNORE = 255  # train id of pixels that count neither in the loss nor in the metrics
 UNKNOWN = 254  # in a label table: a value that label files must not contain
@@ -43,9 +44,6 @@ IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")  # whatever the suffix, on
 
 class DataError(ValueError):
     """A problem with the data that the user can fix; the message names the file, the problem and a remedy."""
-
-
-# --------------------------------------------------------------------------------------------------- classes and tables
 
 
 @dataclass(frozen=True)
@@ -119,18 +117,27 @@ CITYSCAPES_LABEL_IDS = tuple(entry[3] for entry in _CITYSCAPES)  # by train id, 
 CAMVID = Classes(*zip(*_CAMVID))
 
 
-def label_table(values: Sequence[int], ignored: Iterable[int], size: int = 256) -> bytes:
-    """The train id of every value in a label file: i for values[i], IGNORE for ignored values, UNKNOWN for others.
+def label_table(values: Iterable[int | Iterable[int]], ignored: Iterable[int], size: int = 256) -> bytes:
+    """The train id of every value in a label file: i for values[i], one or several; IGNORE; UNKNOWN for all others.
 
     The value of a colour is red x 65536 + green x 256 + blue, with a size of 2 ** 24.
     """
     table = bytearray([UNKNOWN]) * size
-    for value, train_id in [*zip(values, range(UNKNOWN)), *((value, IGNORE) for value in ignored)]:
-        table[value] = train_id
+    for train_id, group in [*enumerate(values), (IGNORE, ignored)]:
+        for value in group if isinstance(group, Iterable) else [group]:
+            if table[value] not in (UNKNOWN, train_id):
+                raise ValueError(f"class {table[value]}, counted from 0, shares a value with another or with ignore")
+            table[value] = train_id
     return bytes(table)
 
 
-# ------------------------------------------------------------------------------------------------------ layouts on disk
+def values_of(table: bytes, *train_ids: int) -> list[int] | list[list[int]]:
+    """What a `label_table` maps to these train ids, as in classes.json: numbers, or [red, green, blue]."""
+    values = np.flatnonzero(np.isin(np.frombuffer(table, np.uint8), train_ids)).tolist()
+    return values if len(table) == 256 else [[*value.to_bytes(3, "big")] for value in values]
+
+
+# --------------------------------------------------------------------------------------------------------- data on disk
 
 
 class Sample(NamedTuple):
@@ -149,14 +156,14 @@ def open_dataset(
     Args:
         name: "cityscapes", "camvid" or "folder".
         root: the dataset's folder. Layouts below it:
-            cityscapes: leftImg8bit/{split}/{city}/*_leftImg8bit.png, gtFine/{split}/{city}/*_gtFine_labelIds.png
-                (split train_extra: gtCoarse);
+            cityscapes: leftImg8bit/{split}/{city}/*_leftImg8bit.png, gtFine/{split}/{city}/*_gtFine_labelIds.png, or
+                *_gtFine_labelTrainIds.png where there are no others (split train_extra: gtCoarse);
             camvid: {split}/NAME.png or .jpg, {split}annot/NAME.png with ids 0 to 10, 11 = unlabelled;
-            folder: images/{split}/NAME.*, labels/{split}/NAME.png, subfolders allowed, and classes.json:
-                {"names": [...], "colours": [[r, g, b], ...], "ignore": 255}, the last two optional. Label maps contain
-                class ids, counted from 0; with "labels": "colours" the classes' colours, and "ignore" lists colours.
-        split: name of a split, or several joined by "+", as in "train+val".
-        augmentation: what `dataset[epoch, position, index]` applies; only training needs it.
+            folder: images/{split}/NAME.*, labels/{split}/NAME.png, subfolders allowed; without one in images val is
+                the last fifth of the names. classes.json: {"names": [...], "values": [0, [1, 4], ...], "ignore": 255,
+                "colours": [[r, g, b], ...]}, values being 0, 1, ... if left out; with "labels": "colours", `colours`.
+        split: name of a split, or several joined by "+"; "train:a*+val" takes only files of train that match a*.
+        augmentation: for training.
 
     Raises DataError for no data, an image without its label or a label without its image, or a bad classes.json.
     """
@@ -168,7 +175,7 @@ def open_dataset(
         if problems:
             raise DataError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
         samples += found
-    return SegmentationDataset(samples, classes, table, augmentation)
+    return SegmentationDataset(list(dict.fromkeys(samples)), classes, table, augmentation)
 
 
 def split_names(split: str) -> list[str]:
@@ -180,119 +187,129 @@ def split_names(split: str) -> list[str]:
 
 
 _LAYOUTS = {  # folder of images, folder of labels, pattern of the files in both, ends of their names ("": any suffix)
-    "cityscapes": ("leftImg8bit/{split}", "{gt}/{split}", "*/*", "_leftImg8bit.png", "_{gt}_labelIds.png"),
+    "cityscapes": ("leftImg8bit/{split}", "{gt}/{split}", "*/*", "_leftImg8bit.png", "_{gt}_{ids}.png"),
     "camvid": ("{split}", "{split}annot", "*", "", ""),
     "folder": ("images/{split}", "labels/{split}", "**/*", "", ""),
 }
 
 
 def find_samples(name: str, root: Path, split: str) -> tuple[list[Sample], list[str]]:
-    """The samples of a split, and a line for every file without partner or of a name that occurs twice."""
-    gt = "gtCoarse" if split == "train_extra" else "gtFine"
-    image_dir, label_dir, pattern, image_end, label_end = (part.format(split=split, gt=gt) for part in _LAYOUTS[name])
-    images, problems = _list_files(root / image_dir, pattern, image_end)
-    labels, more_problems = _list_files(root / label_dir, pattern, label_end)
-    problems += more_problems
-    if not images:
-        raise DataError(f"{root / image_dir}: no images; check the folder, --dataset and the name of the split")
-    for files, others, folder in ((images, labels, root / label_dir), (labels, images, root / image_dir)):
-        alone = [files[name] for name in files if name not in others]
-        problems += [f"{path}: no file of this name in {folder}; add it, or remove this one" for path in alone]
-    samples = [Sample(images[stem], labels[stem]) for stem in images if stem in labels]
-    if name == "cityscapes":
+    """The samples of one part of a split, and a line for every file without partner. Raises DataError."""
+    split, _, wanted = split.partition(":")
+    flat = name == "folder" and split in ("train", "val") and not any(p.is_dir() for p in root.glob("images/[!.]*"))
+    gt, ids = "gtCoarse" if split == "train_extra" else "gtFine", _kind_of_ids(root)
+    layout = (part.format(split="" if flat else split, gt=gt, ids=ids) for part in _LAYOUTS[name])
+    image_dir, label_dir, pattern, image_end, label_end = layout
+    images = _list_files(root / image_dir, pattern, image_end)
+    labels = _list_files(root / label_dir, pattern, label_end)
+    stems = list(images)
+    if flat:
+        num_train = len(stems) - max(1, len(stems) // 5)
+        stems = stems[:num_train] if split == "train" else stems[num_train:]
+    stems = [stem for stem in stems if fnmatch.fnmatchcase(stem, wanted or "*")]
+    if not stems:
+        raise DataError(
+            f"{root / image_dir / wanted}: no images; check the folder, --dataset and the name of the split"
+        )
+    problems, alone = [], [stem for stem in labels if stem not in images]
+    for stem in [stem for stem in images if stem not in labels]:
+        remedy = "add it, or remove this one"
+        near = min((other for other in alone if other.startswith(stem)), key=len, default=None)
+        if near:
+            folder, end, suffix = labels[near].parent, labels[near].name[len(Path(stem).name) :], labels[near].suffix
+            remedy = f'to rename all: cd "{folder}"; for f in *{end}; do mv "$f" "${{f%{end}}}{suffix}"; done'
+        problems.append(f"{images[stem]}: no file of this name in {root / label_dir}; {remedy}")
+    problems += [f"{labels[s]}: no file of this name in {root / image_dir}; add it, or remove this one" for s in alone]
+    samples = [Sample(images[stem], labels[stem]) for stem in stems if stem in labels]
+    if name == "cityscapes" and ids == "labelIds":
         maps = [s.label.with_name(s.label.name.replace("_labelIds", "_instanceIds")) for s in samples]
         samples = [s._replace(instances=path) if path.is_file() else s for s, path in zip(samples, maps)]
     return samples, problems
 
 
-def _list_files(folder: Path, pattern: str, end: str) -> tuple[dict[str, Path], list[str]]:
-    """Image files by their path below the folder without end or suffix, and one line per file that repeats one."""
+def _kind_of_ids(root: Path) -> str:
+    """What the label maps of a Cityscapes folder are called: train ids where there are no label ids."""
+    maps = (any(root.glob(f"gt*/*/*/*_{kind}.png")) for kind in ("labelIds", "labelTrainIds"))
+    return "labelTrainIds" if tuple(maps) == (False, True) else "labelIds"
+
+
+def _list_files(folder: Path, pattern: str, end: str) -> dict[str, Path]:
+    """Image files by their path below the folder without end or suffix. Raises DataError where two have the same."""
     files: dict[str, Path] = {}
-    problems = []
     for path in sorted(folder / found for found in glob.glob(pattern + end, root_dir=folder, recursive=True)):
         if path.suffix.lower() in IMAGE_SUFFIXES:
             first = files.setdefault(path.relative_to(folder).as_posix().removesuffix(end or path.suffix), path)
             if first != path:
-                problems.append(f"{path}: has the same name as {first}; rename or remove one")
-    return files, problems
+                raise DataError(f"{path}: has the same name as {first}; rename or remove one")
+    return files
 
 
 def read_classes(name: str, root: Path) -> tuple[Classes, bytes]:
     """The classes of a dataset and the `label_table` of its label maps. Raises DataError."""
     if name not in _LAYOUTS:
         raise DataError(f"dataset {name!r} is unknown, expected one of {', '.join(_LAYOUTS)}")
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder, expected that of the {name} dataset; README.md describes its layout")
     marks = {"cityscapes": "leftImg8bit", "camvid": "trainannot", "folder": "classes.json"}
     present = [dataset for dataset, mark in marks.items() if (root / mark).exists()]
     if present and name not in present:
         raise DataError(f"{root / marks[present[0]]} is of dataset {present[0]}; give --dataset {present[0]}")
     if name == "cityscapes":
-        ignored = {*range(34), 255} - {*CITYSCAPES_LABEL_IDS}  # 255 is label id -1, license plate
-        return CITYSCAPES, label_table(CITYSCAPES_LABEL_IDS, ignored)
+        values = CITYSCAPES_LABEL_IDS if _kind_of_ids(root) == "labelIds" else range(19)
+        return CITYSCAPES, label_table(values, {*range(34), 255} - {*values})  # 255: label id -1, license plate
     if name == "camvid":
         return CAMVID, label_table(range(11), ignored=[11])  # 11 is unlabelled
-    path, form = root / "classes.json", 'write e.g. {"names": ["road", "car"], "ignore": 255}'
+    path, form = root / "classes.json", 'write e.g. {"names": ["background", "road"], "values": [0, 255]}'
     try:
         return _parse_classes(json.loads(path.read_text("utf-8-sig")))
-    except (OSError, ValueError) as error:
+    except (AttributeError, OSError, TypeError, ValueError) as error:  # of another type than expected, too
         raise DataError(f"{path}: {error}; {form}") from None
 
 
 def _parse_classes(content: object) -> tuple[Classes, bytes]:
     """Classes and `label_table` of a classes.json, see `open_dataset`. Raises ValueError."""
-    if not isinstance(content, dict):
-        raise ValueError("expected a JSON object")
-    unknown = content.keys() - {"names", "colours", "ignore", "labels"}
+    unknown = content.keys() - {"names", "colours", "values", "ignore", "labels"}
     if unknown or content.get("labels", "ids") not in ("ids", "colours"):
         unknown = min(unknown, default=f"labels: {content.get('labels')}")
-        raise ValueError(f'{unknown!r} is unknown, expected names, colours, ignore, and labels of "ids" or "colours"')
-    names = content.get("names")
+        raise ValueError(f"{unknown!r} is unknown, expected names, values, colours, ignore, and labels: ids or colours")
+    names, channels = content.get("names"), 3 if content.get("labels") == "colours" else 1
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
         raise ValueError("names must be a list of non-empty strings")
-    if not 0 < len(names) <= UNKNOWN:
-        raise ValueError(f"{len(names)} names, expected 1 to {UNKNOWN}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"two classes are called {max(names, key=names.count)!r}")
-    by_colour = content.get("labels", "ids") == "colours"
-    colours = content.get("colours", None if by_colour else _distinct_colours(len(names)))
-    if not isinstance(colours, list) or len(colours) != len(names) or not all(map(_is_colour, colours)):
-        raise ValueError(f"colours must be a list of {len(names)} [red, green, blue] of 0 to 255, one for each name")
-    ignored = content.get("ignore", [] if by_colour else IGNORE)
-    ignored = ignored if isinstance(ignored, list) else [ignored]
-    if not all(map(_is_colour if by_colour else _is_byte, ignored)):
-        raise ValueError(f"ignore must be a list of {'[red, green, blue]' if by_colour else 'numbers'} of 0 to 255")
-    classes = Classes(tuple(names), tuple(map(tuple, colours)))
-    if not by_colour:
-        return classes, label_table(range(len(names)), ignored)
-    codes = [int.from_bytes(colour, "big") for colour in [*colours, *ignored]]
-    if len(set(codes)) < len(codes):
-        raise ValueError("a colour occurs twice in colours and ignore")
-    return classes, label_table(codes[: len(names)], codes[len(names) :], 2**24)
+    if not 2 <= len(set(names)) == len(names) <= UNKNOWN:
+        raise ValueError(f"{len(names)} names, expected 2 to {UNKNOWN} different ones; the background is a class, too")
+    colours = _bytes("colours", content.get("colours", _distinct_colours(len(names))), 3)
+    values = content.get("values", content.get("colours") if channels == 3 else [*range(len(names))])
+    if not isinstance(values, list) or not len(values) == len(colours) == len(names):
+        raise ValueError(f"values and colours must be lists of {len(names)}, one for each name")
+    powers = 256 ** np.arange(channels)[::-1]
+    groups = [_bytes("values", value, channels) @ powers for value in values]
+    ignored = [] if channels == 3 or IGNORE in np.concatenate(groups) else IGNORE
+    ignored = _bytes("ignore", content.get("ignore", ignored), channels) @ powers
+    return Classes(tuple(names), tuple(map(tuple, colours.tolist()))), label_table(groups, ignored, 256**channels)
 
 
-def _is_byte(value: object) -> bool:
-    return type(value) is int and 0 <= value <= 255  # a bool is an int, too
-
-
-def _is_colour(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(_is_byte, value))
+def _bytes(key: str, value: object, channels: int) -> np.ndarray:
+    """(N, channels) numbers from one or several values of a key in classes.json. Raises ValueError."""
+    numbers = np.array(value)
+    if numbers.size and (numbers.dtype.kind != "i" or numbers.min() < 0 or numbers.max() > 255):
+        raise ValueError(f"{key} must be numbers of 0 to 255, or [red, green, blue] of these, not {value}")
+    return numbers.astype(int).reshape(-1, channels)
 
 
 def _distinct_colours(count: int) -> list[list[int]]:
-    """Hues by the golden ratio, at two levels of brightness."""
-    colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.8, 0.9 if i % 2 else 0.6) for i in range(count)]
-    return [[round(255 * level) for level in colour] for colour in colours]
-
-
-# -------------------------------------------------------------------------------------------------------------- reading
+    """Colours that look different: each is the one of a grid that is farthest in CIELAB from black and those before."""
+    grid = 36 * np.indices((8, 8, 8)).reshape(3, -1).T
+    to_xyz = np.array([[0.434, 0.213, 0.018], [0.376, 0.715, 0.109], [0.190, 0.072, 0.873]])  # white is (1, 1, 1)
+    lab = np.cbrt((grid / 255) ** 2.2 @ to_xyz) @ np.array([[0, 500, 0], [116, -500, 200], [0, 0, -200]])
+    chosen, distances = [0], np.full(len(grid), np.inf)
+    for _ in range(count):
+        distances = np.minimum(distances, np.square(lab - lab[chosen[-1]]).sum(1))
+        chosen.append(int(distances.argmax()))
+    return grid[chosen[1:]].tolist()
 
 
 def read_image(path: str | Path) -> Image.Image:
     """Reads an RGB image, upright as its Exif orientation says, without its transparency.
 
-    Raises DataError if it is missing, damaged, or has more than 8 bits per channel. Only PNG has checksums: damage that
-    leaves another format decodable is not noticed.
+    Raises DataError if it is missing, damaged (only PNG has checksums), or has more than 8 bits per channel.
     """
     image = _load(path)
     if image.mode[0] in "IF":  # convert() would clip nearly all of it to white
@@ -305,52 +322,46 @@ def read_label(path: str | Path, table: bytes) -> np.ndarray:
 
     Raises DataError if it is missing or damaged, its format or mode does not keep class ids, or a value is UNKNOWN.
     """
-    label = _load(path)
+    label, by_colour = _load(path), len(table) > 256
     if label.format not in ("PNG", "BMP"):
         raise DataError(f"{path}: label map in {label.format} format, which alters class ids; save it as PNG")
-    by_colour = len(table) > 256
-    if label.mode not in (("RGB", "RGBA", "P") if by_colour else ("L", "P")):
+    if label.mode not in (("RGB", "RGBA", "P") if by_colour else ("1", "L", "P")):
         kind = "colours" if by_colour else 'class ids of 8 bits (for colours, set "labels": "colours" in classes.json)'
         raise DataError(f"{path}: label map of mode {label.mode}, expected {kind}")
     if by_colour:
         values = np.asarray(_to_rgb(label)) @ np.array([65536, 256, 1])
         train_ids = np.frombuffer(table, np.uint8)[values]
     else:
-        values = np.asarray(label)  # of mode P the indices; its palette is for viewers
+        values = np.asarray(label.convert("L") if label.mode == "1" else label)  # of mode P the indices
         train_ids = np.frombuffer(values.tobytes().translate(table), np.uint8).reshape(values.shape)
     unknown = train_ids == UNKNOWN
     if unknown.any():
         found, counts = np.unique(values[unknown], return_counts=True)
+        if len(found) > 24:
+            what = f"{len(found)} values on {unknown.mean():.1%} of the pixels are no class, as after smoothing or JPEG"
+            raise DataError(f"{path}: {what}; export the label maps with nearest neighbour, as PNG")
         most = found[np.argsort(-counts)][:5].tolist()
-        shown = ", ".join(str(list(value.to_bytes(3, "big")) if by_colour else value) for value in most)
-        raise DataError(
-            f"{path}: label {'colour' if by_colour else 'value'} {shown} in {counts.sum()} pixels is no class; "
-            "correct the file, give its --dataset, or add it to classes.json"
-        )
+        shown = [[*value.to_bytes(3, "big")] if by_colour else value for value in most]
+        what = f"label value {str(shown)[1:-1]} in {counts.sum()} pixels is no class; correct the file"
+        remedy = 'or give the names "values" in classes.json, as in "values": [1, 2], "ignore": [0] if 0 is no label'
+        raise DataError(f"{path}: {what}, {remedy}")
     return train_ids
 
 
 def _load(path: str | Path) -> Image.Image:
     """A decoded image file of any mode, upright. Raises DataError."""
-    with _named_errors(path):
+    try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             image.verify()  # compares the checksums of a PNG, which load() does not
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             image.load()
-    with contextlib.suppress(Exception):  # damaged Exif data raise many kinds of errors; viewers ignore them
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
-
-
-@contextlib.contextmanager
-def _named_errors(path: str | Path) -> Iterator[None]:
-    """Turns every error that Pillow raises for a missing or damaged file into a DataError of one line."""
-    try:
-        yield
     except MemoryError:  # not the fault of the file
         raise
     except Exception as error:  # Pillow's decoders raise many kinds
         raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())}); replace or remove it") from error
+    with contextlib.suppress(Exception):  # damaged Exif data raise many kinds of errors; viewers ignore them
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -359,12 +370,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 @dataclass(eq=False)
-class SegmentationDataset(torch.utils.data.Dataset):
+class SegmentationDataset(Dataset):
     """Images and label maps, as ((H, W, 3) uint8 RGB, (H, W) uint8 train ids).
 
-    `dataset[index]` is a full image and its label. `dataset[epoch, position, index]`, the keys that TrainBatches
-    yields, is an augmented crop that depends only on this key and the augmentation's seed: not on the number of
-    processes and workers, on what was read before, or on caching.
+    Without augmentation `dataset[index]` is a full image and its label; with one, a random crop. A crop of the keys
+    that TrainBatches yields, `dataset[epoch, position, index]`, depends only on the key and the augmentation's seed.
     """
 
     samples: list[Sample]
@@ -379,8 +389,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         *sample_key, index = key if isinstance(key, tuple) else (key,)
         image, label = self.cache[index] if self.cache else self.read(index)
-        if sample_key:
-            image, label = self.augmentation(image, label, sample_key)
+        if self.augmentation:
+            image, label = self.augmentation(image, label, sample_key or torch.randint(2**31, (2,)).tolist())
         return torch.from_numpy(np.array(image)), torch.from_numpy(np.array(label))
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
@@ -394,9 +404,10 @@ class SegmentationDataset(torch.utils.data.Dataset):
             raise DataError(f"{sample.label}: {size}; give both the same size")
         return image, label
 
-    def read_label(self, index: int) -> np.ndarray:
-        """The (H, W) uint8 label map of train ids alone, for counting classes."""
-        return self.cache[index][1] if self.cache else read_label(self.samples[index].label, self.table)
+    def count_pixels(self, index: int) -> np.ndarray:
+        """(256,) pixels of each train id in a label map; its image is read, too."""
+        _, label = self.cache[index] if self.cache else self.read(index)
+        return np.bincount(label.ravel(), minlength=256)
 
     def read_instances(self, index: int) -> Tensor:
         """(H, W) int64 instance map of a Cityscapes image: 1000 x train id + number, -1 elsewhere."""
@@ -407,6 +418,21 @@ class SegmentationDataset(torch.utils.data.Dataset):
         train_ids = np.frombuffer(self.table, np.uint8)[values // 1000].astype(np.int64)
         is_instance = (values > 1000) & (train_ids < UNKNOWN)
         return torch.from_numpy(np.where(is_instance, 1000 * train_ids + values % 1000, -1))
+
+
+def label_fault(dataset: SegmentationDataset, counts: np.ndarray, every_class: bool = False) -> str | None:
+    """What is wrong with the labels of a split, given their `count_pixels`; `every_class`: all have to occur."""
+    names, table = dataset.classes.names, dataset.table
+    absent = [i for i in range(len(names)) if not counts[i]]
+    if len(absent) == len(names):
+        return f"no pixel has a label; label some, or look at what classes.json ignores: {values_of(table, IGNORE)}"
+    if dataset.classes == CITYSCAPES and not counts[6:UNKNOWN].any():
+        return "no label id above 18 in *_labelIds.png, so they hold train ids; call them *_labelTrainIds.png"
+    if absent and every_class:
+        found = values_of(table, *[i for i in (*range(len(names)), IGNORE) if counts[i]])
+        what = f"values {str(found)[1:-1]} occur; class {names[absent[0]]!r} {values_of(table, absent[0])} has no pixel"
+        remedy = f'write "values": {found} if these are the classes, or ' if len(found) == len(names) else ""
+        return f'{what}: {remedy}leave out its name and give the others their "values" in classes.json'
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -433,9 +459,7 @@ class Augmentation:
     scale_range: tuple[float, float] = (0.5, 2.0)  # of the factor by which the image is resized before the crop
     flip: bool = True  # mirror half of the crops
     brightness: float = 0.3  # the image is multiplied by a factor in [1 - brightness, 1 + brightness]
-    channel_noise: float = (
-        0.1  # every colour channel is multiplied by a factor in [1 - channel_noise, 1 + channel_noise]
-    )
+    channel_noise: float = 0.1  # and every channel by a factor in [1 - channel_noise, 1 + channel_noise]
     # Beyond the paper, and off by default:
     contrast: float = 0.0  # and so is the distance to medium grey, by [1 - contrast, 1 + contrast]
     saturation: float = 0.0  # and the distance to the grey of the same luma, by [1 - saturation, 1 + saturation]
@@ -460,39 +484,27 @@ class Augmentation:
             if self.max_class_share >= 1 or largest_share(label, rows, columns) <= self.max_class_share:
                 break
         flip = self.flip and rng.random() < 0.5
-        colour = self._draw_colour(rng)
-
         image = cut(image, rows, columns, Image.Resampling.BILINEAR, PADDING_RGB)
         label = cut(label, rows, columns, Image.Resampling.NEAREST, IGNORE)
         if flip:
             image, label = ImageOps.mirror(image), ImageOps.mirror(label)
-        return recolour(image, colour), label
+        return recolour(image, self._draw_colour(rng)), label
 
     def _draw_colour(self, rng: np.random.Generator) -> np.ndarray:
         """A random 3x4 matrix from (red, green, blue, 1) to new colours."""
-        colour = np.eye(3, 4)
-        if self.brightness or self.channel_noise:
-            gain = rng.uniform(1 - self.brightness, 1 + self.brightness)
-            colour = np.diag(gain * rng.uniform(1 - self.channel_noise, 1 + self.channel_noise, size=3)) @ colour
-        if self.contrast:
-            factor = rng.uniform(1 - self.contrast, 1 + self.contrast)
-            colour = factor * colour
-            colour[:, 3] += 127.5 * (1 - factor)
-        if self.saturation:
-            factor = rng.uniform(1 - self.saturation, 1 + self.saturation)
-            colour = (factor * np.eye(3) + (1 - factor) * np.array(LUMA)) @ colour
-        if self.hue:
-            # Rodrigues' rotation about the axis (1, 1, 1) / sqrt(3).
-            angle = np.deg2rad(rng.uniform(-self.hue, self.hue))
-            turn = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
-            colour = (np.eye(3) + np.sin(angle) * turn + (1 - np.cos(angle)) * turn @ turn) @ colour
-        return colour
+        spread = np.array([self.brightness, *3 * [self.channel_noise], self.contrast, self.saturation])
+        gain, *noise, contrast, saturation = rng.uniform(1 - spread, 1 + spread)
+        angle = np.deg2rad(rng.uniform(-self.hue, self.hue))
+        turn = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)  # Rodrigues, about (1, 1, 1) / sqrt(3)
+        colour = np.eye(3) + np.sin(angle) * turn + (1 - np.cos(angle)) * turn @ turn
+        colour = colour @ (saturation * np.eye(3) + (1 - saturation) * np.array(LUMA))
+        return np.column_stack([colour * (contrast * gain * np.array(noise)), np.full(3, 127.5 * (1 - contrast))])
 
 
 class Span(NamedTuple):
-    """The rows, or the columns, of a crop, and the part of the image that it shows."""
+    """The rows, or the columns, of a crop, and the part of the image that it shows; all in pixels."""
 
-    size: int  # of the crop; all in pixels
+    size: int  # of the crop
     offset: int  # where the image begins in the crop; outside of it is padding
     length: int  # of the image in the crop
     visible: tuple[float, float]  # part of the image that is resized to this length
@@ -513,19 +525,12 @@ def draw_span(rng: np.random.Generator, image_size: int, resized_size: int, crop
 
 
 def largest_share(label: np.ndarray, rows: Span, columns: Span) -> float:
-    """Share of the labelled pixels in a crop that its most frequent class has, by every eighth pixel of the image."""
-    label = label[::8, ::8]
-    part = []
-    for (first, last), size in zip((rows.visible, columns.visible), label.shape):
-        begin = math.ceil(first / 8)
-        part.append(slice(min(begin, size - 1), max(begin + 1, math.ceil(last / 8))))
-    counts = np.bincount(label[tuple(part)].ravel(), minlength=IGNORE + 1)[:IGNORE]
+    """Share of the labelled pixels in a crop that its most frequent class has, by every eighth row and column."""
+    counts = np.bincount(label[rows.needed, columns.needed][::8, ::8].ravel(), minlength=IGNORE + 1)[:IGNORE]
     return counts.max() / max(1, counts.sum())
 
 
-def cut(
-    image: Image.Image | np.ndarray, rows: Span, columns: Span, resampling: Image.Resampling, padding
-) -> Image.Image:
+def cut(image: Image.Image | np.ndarray, rows: Span, columns: Span, resampling: int, padding) -> Image.Image:
     """The crop of an image, with padding of the given colour or value."""
     # Resizing only the visible part gives the pixels of the full resized image, at a tenth of the cost.
     top, left = rows.needed.start, columns.needed.start
@@ -567,10 +572,10 @@ def free_memory() -> int:
 
 
 def cache_bytes(dataset: SegmentationDataset) -> list[int]:
-    """Bytes of every decoded image with its label map, from the headers of the files. Raises DataError."""
+    """Bytes of every decoded image with its label map, from the headers of the files."""
     sizes = []
     for sample in dataset.samples:
-        with _named_errors(sample.image), Image.open(sample.image, formats=IMAGE_FORMATS) as image:
+        with Image.open(sample.image, formats=IMAGE_FORMATS) as image:
             sizes.append(4 * image.width * image.height)
     return sizes
 
@@ -581,8 +586,7 @@ class RamCache:
     `cache[index]` gives views, (H, W, 3) uint8 RGB and (H, W) uint8 train ids. Unpickled, also by another process, it
     is the same memory, as long as the process that built it lives.
 
-    The constructor decodes the dataset, `threads` images at once. It raises DataError if there is too little memory,
-    before anything is decoded, or if a file cannot be read.
+    Decodes `threads` images at once. Raises DataError for too little memory, before that, and for unreadable files.
     """
 
     def __init__(self, dataset: SegmentationDataset, threads: int = 4):
@@ -592,8 +596,9 @@ class RamCache:
         if not hasattr(os, "memfd_create"):
             raise DataError("the RAM cache needs Linux; train without it")
         if needed > free:
-            sizes = f"{needed / 2**30:.2f} GiB of memory, {free / 2**30:.2f} GiB are free"
-            raise DataError(f"the RAM cache of {len(dataset)} images needs {sizes}; train without it")
+            raise DataError(
+                f"the RAM cache needs {needed / 2**30:.2f} of {free / 2**30:.2f} GiB free; train without it"
+            )
         descriptor = os.memfd_create("fast-scnn-cache")  # no file to leave behind, and /dev/shm may be small
         weakref.finalize(self, os.close, descriptor)
         self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
@@ -641,7 +646,7 @@ def cache_in_ram(datasets: Sequence[SegmentationDataset]) -> str:
     return f"cache ram: {len(caches)} of {len(datasets)} splits, {size:.2f} GiB, shared by the processes of a machine"
 
 
-class TrainBatches(torch.utils.data.Sampler):
+class TrainBatches(Sampler):
     """Batch sampler: yields this process's share of every global batch, as (epoch, position, index) keys.
 
     The global batches do not depend on the number of processes. If the number of samples is not a multiple of the batch
@@ -679,14 +684,12 @@ def ignore_interrupts(_worker_id: int) -> None:
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
 
 
-def train_loader(
-    dataset: SegmentationDataset, batch_size: int, *, workers: int = 0, **sampling: int
-) -> torch.utils.data.DataLoader:
+def train_loader(dataset: SegmentationDataset, batch_size: int, *, workers: int = 0, **sampling: int) -> DataLoader:
     """This process's share of augmented batches: (N, H, W, 3) uint8 RGB and (N, H, W) uint8 train ids.
 
     `sampling` is seed, rank and world_size of its batch_sampler, a TrainBatches; call `set_epoch` before every epoch.
     """
-    return torch.utils.data.DataLoader(
+    return DataLoader(
         dataset,
         batch_sampler=TrainBatches(len(dataset), batch_size, **sampling),
         num_workers=workers,

@@ -43,6 +43,7 @@ from data import (
     DataError,
     SegmentationDataset,
     cache_in_ram,
+    label_fault,
     normalise,
     open_dataset,
     train_loader,
@@ -248,12 +249,14 @@ def hard_pixels(losses: Tensor, labelled: Tensor, probability: float) -> Tensor:
     return losses >= hardest.clamp(max=-math.log(probability))
 
 
-def class_shares(dataset: SegmentationDataset) -> Tensor:
-    """(C,) float64: each class's share of the labelled pixels of a dataset. Reads all label maps."""
+def class_shares(dataset: SegmentationDataset, complete: bool = True, every_class: bool = False) -> Tensor:
+    """(C,) float64: each class's share of the labelled pixels, in all samples or in 20. Raises DataError."""
+    indices = np.linspace(0, len(dataset) - 1, len(dataset) if complete else 20).astype(int).tolist()
     with ThreadPoolExecutor() as pool:
-        labels = pool.map(dataset.read_label, range(len(dataset)))
-        counts = sum(np.bincount(label.ravel(), minlength=256) for label in labels)[: len(dataset.classes.names)]
-    return torch.from_numpy(counts / max(1, counts.sum()))
+        counts = sum(pool.map(dataset.count_pixels, indices))
+    if problem := label_fault(dataset, counts, every_class):
+        raise DataError(f"{dataset.samples[0].label.parent}: {problem}")
+    return torch.from_numpy(counts[: len(dataset.classes.names)] / counts[:IGNORE].sum())
 
 
 def class_weights(shares: Tensor, power: float) -> Tensor:
@@ -316,9 +319,7 @@ def init_weights(model: FastSCNN, class_names: Sequence[str], path: str) -> str:
     source = build_from_checkpoint(checkpoint, path)
     if source.args["variant"] != model.args["variant"]:
         raise CheckpointError(f"{path}: is of variant {source.args['variant']}; use --variant {source.args['variant']}")
-    unnamed = (
-        list(class_names) if source.args["num_classes"] == len(class_names) else []
-    )  # taken to be the same classes
+    unnamed = list(class_names) if source.args["num_classes"] == len(class_names) else []  # taken to be the same
     names = checkpoint.get("classes", {}).get("names", unnamed)
     rows = [(i, names.index(name)) for i, name in enumerate(class_names) if name in names]
     weights = source.state_dict()
@@ -433,18 +434,19 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, datasets: Sequence, device: torch.device, rank: int, world_size: int):
         self.args, self.device, self.rank, self.world_size = args, device, rank, world_size
-        self.train_set, self.val_set = train_set, _ = datasets
+        self.train_set, self.val_set = train_set, val_set = datasets
         self.best_miou, self.skipped_in_a_row, self.class_weights, self.notes = -1.0, 0, None, []
         if args.cache == "ram":
             self.notes.append(cache_in_ram(datasets))
         self.loader = train_loader(
             train_set, args.batch_size, workers=args.workers, seed=args.seed, rank=rank, world_size=world_size
         )
-        self.steps_per_epoch, self.image_hw = len(self.loader), list(train_set.read_label(0).shape)
-        self.shares = None  # of the classes in the training pixels
-        if args.class_balance:
-            self.shares = from_rank_0(class_shares(train_set) if rank == 0 else None)
-
+        self.steps_per_epoch, self.image_hw = len(self.loader), list(train_set.read(0)[1].shape)
+        own = args.dataset == "folder"  # is read completely before the first step, of others 20 samples
+        if rank == 0:
+            self.shares = class_shares(train_set, own or args.class_balance > 0, every_class=own)
+            class_shares(val_set, own)
+        self.shares = from_rank_0(self.shares if rank == 0 else None)  # of the classes in the training pixels
         names = train_set.classes.names
         torch.manual_seed(args.seed)
         self.model = FastSCNN(len(names), variant=args.variant, aux=True, dropout=args.dropout)
@@ -476,12 +478,13 @@ class Run:
         args, share = self.args, self.args.batch_size // self.world_size
         flags = " ".join(f"{name}={value}" for name, value in vars(args).items())
         rate = f"{args.base_lr} x {args.batch_size} / {PAPER_BATCH} = {args.lr:.5f}"
+        ends = (f"{s[0].image.name} to {s[-1].image.name}" for s in (self.train_set.samples, self.val_set.samples))
         lines = [
             f"code {git_revision()}  torch {torch.__version__}  {flags}",
             f"device {self.device}  precision {args.amp}  ops {implementations(self.device)}",
             f"batch {args.batch_size} = {share} x {self.world_size} processes  learning rate {rate}",
             f"{len(self.train_set)} images to train, {len(self.val_set)} to validate  "
-            f"{self.steps_per_epoch} steps x {args.epochs} epochs",
+            f"{self.steps_per_epoch} steps x {args.epochs} epochs  {', '.join(ends)}",
         ]
         if self.world_size > 1 and not self.syncs_bn:
             lines.append(f"no SyncBatchNorm: each process normalises over its own {share} images")
@@ -570,7 +573,7 @@ def train_one_epoch(run: Run, epoch: int, first: int, log: Log, signals: Signals
     args, steps_per_epoch = run.args, run.steps_per_epoch
     run.ddp.train()
     run.loader.batch_sampler.set_epoch(epoch, first)
-    if run.shares is not None:
+    if args.class_balance:
         power = args.class_balance * (1 - 0.75 * (epoch - 1) / max(1, args.epochs - 1))
         run.class_weights = class_weights(run.shares, power).to(run.device)
     step, total_steps = (epoch - 1) * steps_per_epoch + first, args.epochs * steps_per_epoch
@@ -669,10 +672,7 @@ def validate(run: Run, signals: Signals) -> dict:
         raise Stopped
     if run.world_size > 1:
         dist.all_reduce(confusion)
-    result = metrics(confusion, classes)
-    if result["miou"] is None:
-        raise UsageError(f"no pixel of split {args.val_split} has a label; check the label maps below {args.data}")
-    return result
+    return metrics(confusion, classes)
 
 
 # -------------------------------------------------------------------------------------------------- checkpoints, resume

@@ -36,12 +36,10 @@ def test_everything_that_is_wrong_is_found_at_once(folder_dataset):
     Image.new("L", (31, 40)).save(labels / "val/small.png")
     (images / "val/broken.png").write_bytes(b"")
     Image.new("L", (64, 48)).save(labels / "val/broken.png")
-    (images / "val/0.jpg").write_bytes((images / "val/0.png").read_bytes())
     expected = [
         ("images/train/alone.png", "no file of this name in"),
         ("labels/train/1.png", "label value 77"),
         ("labels/val/alone.png", "no file of this name in"),
-        ("images/val/0.png", "has the same name as"),
         ("images/val/1.png", f"same image as {images / 'train/0.png'}"),
         ("images/val/broken.png", "cannot be read"),
         ("labels/val/void.png", "no pixel has a label"),
@@ -54,21 +52,45 @@ def test_everything_that_is_wrong_is_found_at_once(folder_dataset):
         assert what in line and "\n" not in line
 
 
-def test_a_missing_split_and_an_absent_class_are_noted(folder_dataset):
+def test_a_missing_split_and_an_absent_class_are_problems(folder_dataset):
     shutil.rmtree(folder_dataset / "images/val"), shutil.rmtree(folder_dataset / "labels/val")
     (folder_dataset / "classes.json").write_text(json.dumps({"names": ["left", "middle", "right", "up"]}))
-    report = check("folder", folder_dataset, [])
-    assert report["problems"] == [] and report["notes"][0] == "train: no pixel of class up"
-    assert report["notes"][1].startswith("no split val: ") and report["notes"][1].endswith("with --val-split")
-    assert len(check("folder", folder_dataset, ["train"])["notes"]) == 1  # who names the splits knows them
+    absent, missing = check("folder", folder_dataset, [])["problems"]
+    assert absent.startswith("train: values 0, 1, 2 occur; class 'up' [3] has no pixel: ")
+    assert (
+        missing == f"{folder_dataset / 'images/val'}: no images; check the folder, --dataset and the name of the split"
+    )
+    assert check("folder", folder_dataset, ["train"])["problems"] == [absent]
 
 
 def test_a_problem_with_one_split_does_not_hide_the_others(folder_dataset):
+    (folder_dataset / "images/val/0.jpg").write_bytes((folder_dataset / "images/val/0.png").read_bytes())
     (folder_dataset / "images/notes").mkdir()
     (folder_dataset / "images/.ipynb_checkpoints").mkdir()
     report = check("folder", folder_dataset, [])
-    assert list(report["splits"]) == ["train", "val"] and len(report["problems"]) == 1
-    assert "images/notes: no images" in report["problems"][0]
+    assert list(report["splits"]) == ["train"] and len(report["problems"]) == len(report["notes"]) == 1
+    assert "images/val/0.png: has the same name as" in report["problems"][0]
+    assert "images/notes: no images" in report["notes"][0]
+
+
+def test_pictures_in_one_folder_are_checked_as_two_splits(folder_dataset):
+    for kind in ("images", "labels"):
+        for i, split in ((0, "train"), (1, "train"), (2, "val")):
+            (folder_dataset / kind / split / f"{i % 2}.png").rename(folder_dataset / kind / f"{i}.png")
+        shutil.rmtree(folder_dataset / kind / "train"), shutil.rmtree(folder_dataset / kind / "val")
+    report = check("folder", folder_dataset, [])
+    assert [report["splits"][split]["images"] for split in ("train", "val")] == [2, 1] and report["problems"] == []
+    assert report["notes"] == ["no folders in images: the last fifth of the sorted names is split val, the rest train"]
+
+
+def test_the_table_shows_what_each_value_means(folder_dataset, capsys):
+    fields = {"names": ["ends", "middle"], "values": [[0, 2], 1]}
+    (folder_dataset / "classes.json").write_text(json.dumps(fields))
+    assert main([str(folder_dataset), "--splits", "train"]) == 0
+    out = capsys.readouterr().out
+    assert last_json(out)["values"] == {"ends": [0, 2], "middle": [1]}
+    rows = [line.split() for line in out.splitlines()]
+    assert ["0,", "2", "ends", "68.750%"] in rows and ["1", "middle", "31.250%"] in rows  # 44 and 20 columns of 64
 
 
 def test_a_split_without_labels_is_one_note(folder_dataset):
@@ -76,13 +98,14 @@ def test_a_split_without_labels_is_one_note(folder_dataset):
     for name in ("0", "1"):
         Image.new("RGB", (64, 48), (int(name), 7, 7)).save(folder_dataset / f"images/test/{name}.png")
     report = check("folder", folder_dataset, [])
-    assert report["notes"] == ["test: no label maps; its images can be predicted, but not evaluated"]
+    (note,) = report["notes"]
+    assert f"images/test/0.png: no file of this name in {folder_dataset / 'labels/test'}" in note
     (folder_dataset / "labels/test").mkdir()
     for name in ("0", "1"):  # as in Cityscapes
         Image.new("L", (64, 48), 255).save(folder_dataset / f"labels/test/{name}.png")
     report = check("folder", folder_dataset, [])
     assert report["problems"] == []
-    assert report["notes"] == ["test: no pixel has a label; it can be predicted, but not evaluated"]
+    assert len(report["notes"]) == 1 and report["notes"][0].startswith("test: no pixel has a label; label some")
     for name in ("0", "1"):
         Image.new("L", (64, 48), 255).save(folder_dataset / f"labels/train/{name}.png")
     assert check("folder", folder_dataset, [])["problems"][0].startswith("train: no pixel has a label")
@@ -108,6 +131,18 @@ def test_splits_may_be_joined_or_listed(folder_dataset, capsys):
         main([str(folder_dataset), "--splits", "train+val", "val"])
 
 
+def test_smoothed_label_maps_are_one_line(folder_dataset, capsys):
+    for path in folder_dataset.glob("labels/*/*.png"):
+        label = Image.open(path).point(lambda value: value * 100).resize((256, 192))
+        label.rotate(11 + 20 * int(path.stem), Image.Resampling.BICUBIC).resize((64, 48), Image.Resampling.BOX).save(
+            path
+        )
+    (folder_dataset / "classes.json").write_text(json.dumps({"names": ["a", "b", "c"], "values": [0, 100, 200]}))
+    assert main([str(folder_dataset)]) == 2
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
+    assert "of the pixels are no class, as after smoothing" in lines[0] and lines[0].endswith(" (and 3 more like it)")
+
+
 def test_the_folder_is_given_once(folder_dataset):
     assert main(["--data", str(folder_dataset)]) == 0
     for flags, message in (([], "required"), ([str(folder_dataset), "--data", str(folder_dataset)], "not allowed")):
@@ -126,7 +161,7 @@ def test_command_line_from_another_folder(folder_dataset, tmp_path):
 
 def test_what_the_user_can_mend_is_one_line(folder_dataset, tmp_path, monkeypatch, capsys):
     for flags, message in (
-        ((tmp_path / "none",), "none: no such folder"),
+        ((tmp_path / "none",), "none/classes.json: "),
         ((tmp_path,), "classes.json: "),
         ((folder_dataset, "--dataset", "voc"), "dataset 'voc' is unknown"),
         ((folder_dataset, "--rows"), "unrecognized arguments: --rows"),

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 import data
+import train
 from conftest import ROOT
 from data import (
     CAMVID,
@@ -26,6 +28,7 @@ from data import (
     RamCache,
     SegmentationDataset,
     TrainBatches,
+    label_fault,
     label_table,
     normalise,
     open_dataset,
@@ -78,9 +81,75 @@ def test_folder_layout(folder_dataset):
     assert len(set(dataset.classes.colours)) == 3
 
 
+def with_classes(root, **content):
+    """The samples of split train under another classes.json."""
+    (root / "classes.json").write_text(json.dumps({"names": ["left", "middle", "right"], **content}))
+    return open_dataset("folder", root, "train")
+
+
 def test_folder_may_choose_what_is_ignored(folder_dataset):
-    (folder_dataset / "classes.json").write_text(json.dumps({"names": ["left", "middle", "right"], "ignore": [1, 255]}))
-    assert open_dataset("folder", folder_dataset, "val")[0][1].unique().tolist() == [0, 2, IGNORE]
+    values = [0, [], 2]  # no value means "middle"
+    assert with_classes(folder_dataset, values=values, ignore=[1, 255])[0][1].unique().tolist() == [0, 2, IGNORE]
+
+
+def test_classes_may_have_other_values_and_several(folder_dataset):
+    # Columns of 0, 1 and 2 as in the fixture.
+    for names, values, expected in (
+        (["right", "left"], [[1, 2], 0], [1, 0, 0]),
+        (["a", "b", "c"], [2, 0, 1], [1, 2, 0]),
+        (["a", "b"], [1, 2], [IGNORE, 0, 1]),
+    ):
+        dataset = with_classes(folder_dataset, names=names, values=values, ignore=[0] if IGNORE in expected else 255)
+        assert dataset[0][1][0, [0, 20, 40]].tolist() == expected, values
+
+
+@pytest.mark.parametrize("mode", ["1", "L"])
+def test_masks_of_0_and_255_are_two_classes(folder_dataset, mode):
+    mask = np.zeros((48, 64), np.uint8)
+    mask[:, 40:] = 255
+    Image.fromarray(mask).convert(mode).save(folder_dataset / "labels/train/0.png")
+    dataset = with_classes(folder_dataset, names=["background", "road"], values=[0, 255])
+    assert dataset[0][1][0].tolist() == [0] * 40 + [1] * 24  # 255 is ignored only where no class has it
+
+
+def test_a_class_of_several_colours(folder_dataset):
+    coloured(folder_dataset)
+    red, green, blue = [200, 0, 0], [0, 200, 0], [0, 0, 200]
+    fields = {"names": ["both", "right"], "labels": "colours", "values": [[red, green], blue], "ignore": [0, 0, 0]}
+    dataset = with_classes(folder_dataset, **fields)
+    assert dataset[0][1][10, [0, 20, 40]].tolist() == [0, 0, 1] and dataset[0][1][0].unique().tolist() == [IGNORE]
+
+
+def test_a_value_has_one_meaning(folder_dataset):
+    for content in (
+        {"ignore": [0, 255]},  # 1-based labels: names[0] could never occur
+        {"ignore": [1, 255]},
+        {"values": [0, 255, 2], "ignore": 255},
+        {"values": [0, 1, [1, 2]]},
+    ):
+        with pytest.raises(
+            DataError, match="classes.json: class ., counted from 0, shares a value with another or with"
+        ):
+            with_classes(folder_dataset, **content)
+
+
+def lab(colours):
+    """CIELAB of sRGB colours, by the standard's formulas, with the white of D65."""
+    levels = np.array(colours) / 255
+    linear = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
+    xyz = linear @ np.array([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]])
+    x, y, z = np.moveaxis(xyz / [0.9505, 1, 1.089], -1, 0)
+    x, y, z = (np.where(v > 216 / 24389, np.cbrt(v), (24389 / 27 * v + 16) / 116) for v in (x, y, z))
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+
+
+def test_automatic_colours_are_told_apart_by_eye(folder_dataset):
+    # A distance of 2.3 in CIELAB is just noticeable side by side; black is what is ignored.
+    for count, least in ((12, 45), (30, 25), (254, 5)):
+        colours = with_classes(folder_dataset, names=[str(i) for i in range(count)]).classes.colours
+        points = lab([(0, 0, 0), *colours])
+        distances = np.linalg.norm(points[:, None] - points, axis=-1) + 1000 * np.eye(count + 1)
+        assert distances.min() > least, (count, distances.min())
 
 
 @pytest.mark.parametrize(
@@ -88,21 +157,29 @@ def test_folder_may_choose_what_is_ignored(folder_dataset):
     [
         ("", "Expecting value"),
         ("{", "Expecting property name"),
-        ("[1]", "expected a JSON object"),
-        ('{"names": []}', "0 names, expected 1 to 254"),
+        ("[1]", "'list' object has no attribute 'keys'"),
+        ('{"names": []}', "0 names, expected 2 to 254 different ones"),
         ('{"colours": []}', "names must be a list of non-empty strings"),
         ('{"names": "abc"}', "names must be a list of non-empty strings"),
         ('{"names": ["a", 1]}', "names must be a list of non-empty strings"),
         ('{"names": ["a", " "]}', "names must be a list of non-empty strings"),
-        ('{"names": ["a", "b", "a"]}', "two classes are called 'a'"),
-        ('{"names": ["a"], "colors": [[1, 2, 3]]}', "'colors' is unknown, expected names, colours, ignore"),
+        ('{"names": ["a", "b", "a"]}', "3 names, expected 2 to 254 different ones"),
+        ('{"names": ["a"]}', "1 names, expected 2 to 254 different ones; the background is a class, too"),
+        (
+            '{"names": ["a", "b"], "colors": [[1, 2, 3]]}',
+            "'colors' is unknown, expected names, values, colours, ignore",
+        ),
         ('{"names": ["a"], "labels": "colors"}', "'labels: colors' is unknown"),
-        ('{"names": ["a"], "colours": [[1, 2]]}', "colours must be a list of 1 "),
-        ('{"names": ["a", "b"], "colours": [[1, 2, 3]]}', "colours must be a list of 2 "),
-        ('{"names": ["a"], "colours": [[0.5, 1, 2]]}', "colours must be a list"),
-        ('{"names": ["a"], "colours": ["abc"]}', "colours must be a list"),
-        ('{"names": ["a"], "ignore": 300}', "ignore must be a list of numbers of 0 to 255"),
-        ('{"names": ["a"], "ignore": true}', "ignore must be a list of numbers"),
+        ('{"names": ["a", "b"], "colours": [[1, 2]]}', "cannot reshape array of size 2"),
+        ('{"names": ["a", "b"], "colours": [[1, 2, 3]]}', "values and colours must be lists of 2, one for each name"),
+        ('{"names": ["a", "b"], "values": [1]}', "values and colours must be lists of 2, one for each name"),
+        ('{"names": ["a", "b"], "values": 1}', "values and colours must be lists of 2, one for each name"),
+        ('{"names": ["a", "b"], "values": [1, "2"]}', "values must be numbers of 0 to 255"),
+        ('{"names": ["a", "b"], "labels": "colours"}', "values and colours must be lists of 2, one for each name"),
+        ('{"names": ["a", "b"], "colours": [[0.5, 1, 2], [1, 2, 3]]}', "colours must be numbers of 0 to 255"),
+        ('{"names": ["a", "b"], "colours": ["abc"]}', "colours must be numbers"),
+        ('{"names": ["a", "b"], "ignore": 300}', "ignore must be numbers of 0 to 255"),
+        ('{"names": ["a", "b"], "ignore": true}', "ignore must be numbers"),
         (b'{"names": ["\xff"]}', "can't decode byte"),
     ],
 )
@@ -157,7 +234,7 @@ def test_labels_in_colours_are_read_as_classes(folder_dataset, mode):
 
 def test_a_colour_of_no_class_is_named(folder_dataset):
     coloured(folder_dataset, ignore=[])
-    with pytest.raises(DataError, match=r"labels/train/0.png: label colour \[0, 0, 0\] in 256 pixels is no class"):
+    with pytest.raises(DataError, match=r"labels/train/0.png: label value \[0, 0, 0\] in 256 pixels is no class"):
         open_dataset("folder", folder_dataset, "train")[0]
 
 
@@ -171,10 +248,10 @@ def test_colours_without_saying_so_are_refused_with_the_remedy(folder_dataset):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"ignore": 255}, r"ignore must be a list of \[red, green, blue\]"),
-        ({"ignore": [[200, 0, 0]]}, "a colour occurs twice"),
+        ({"ignore": 255}, "cannot reshape array"),
+        ({"ignore": [[200, 0, 0]]}, "class 0, counted from 0, shares a value with another or with ignore"),
         ({"ignore": [[256, 0, 0]]}, "of 0 to 255"),
-        ({"colours": None}, "colours must be a list of 3"),
+        ({"colours": None}, "colours must be numbers of 0 to 255"),
     ],
 )
 def test_classes_in_colours_are_checked(folder_dataset, changes, message):
@@ -201,7 +278,7 @@ def test_classes_survive_a_checkpoint():
 
 
 def test_no_data_is_named(tmp_path):
-    with pytest.raises(DataError, match="nowhere: no such folder"):
+    with pytest.raises(DataError, match="nowhere/leftImg8bit/train: no images; check the folder"):
         open_dataset("cityscapes", tmp_path / "nowhere", "train")
     with pytest.raises(DataError, match="leftImg8bit/train: no images"):
         open_dataset("cityscapes", tmp_path, "train")
@@ -230,6 +307,184 @@ def test_image_without_label_and_label_without_image_are_named(folder_dataset):
         open_dataset("folder", folder_dataset, "train")
 
 
+def test_labels_of_another_name_are_found_and_the_line_renames_them(folder_dataset):
+    for old, new in (("{}.png", "{}_L.png"), ("{}_L.png", "{}.jpg.png")):  # original CamVid; labelling programs
+        for i in range(2):
+            folder = folder_dataset / "labels/train"
+            (folder / old.format(i)).rename(folder / new.format(i))
+        with pytest.raises(
+            DataError, match=r"images/train/0.png: no file of this name in .*; to rename all: cd "
+        ) as caught:
+            open_dataset("folder", folder_dataset, "train")
+        if old == "{}_L.png":
+            line = str(caught.value).partition("to rename all: ")[2].removesuffix(" (and 3 more)")
+            subprocess.run(["bash", "-c", line], check=True)
+    assert len(open_dataset("folder", folder_dataset, "train")) == 2
+
+
+def test_pictures_in_one_folder_are_split_without_parting_neighbours(folder_dataset):
+    for kind in ("images", "labels"):
+        content = (folder_dataset / kind / "train/0.png").read_bytes()
+        (folder_dataset / kind).rename(folder_dataset / f"old {kind}")
+        (folder_dataset / kind).mkdir()
+        for i in range(40):
+            (folder_dataset / kind / f"frame{i:02}.png").write_bytes(content)
+    train, val = (
+        [sample.image.stem for sample in open_dataset("folder", folder_dataset, split).samples]
+        for split in ("train", "val")
+    )
+    assert train == [f"frame{i:02}" for i in range(32)] and val == [f"frame{i}" for i in range(32, 40)]
+    with pytest.raises(DataError, match="images/test: no images"):
+        open_dataset("folder", folder_dataset, "test")
+
+
+def test_a_split_may_be_part_of_another(folder_dataset, drawn):
+    def names(split, name="folder", root=folder_dataset):
+        return [sample.image.name for sample in open_dataset(name, root, split).samples]
+
+    assert names("train:1*") == ["1.png"] and names("train:0*+val:1") == ["0.png", "1.png"]
+    assert names("train+train:1*") == names("train")  # each image once
+    with pytest.raises(DataError, match=r"images/train/x\*: no images; check"):
+        names("train:x*")
+    cities = names("train:street/*", "cityscapes", drawn)
+    assert cities == names("train", "cityscapes", drawn) and len(cities) == 12
+
+
+def test_label_maps_saved_with_smoothing_are_named_as_such(folder_dataset):
+    path = folder_dataset / "labels/train/0.png"
+    mask = Image.new("L", (64, 48))
+    mask.paste(255, (20, 10, 50, 40))
+    ramp = mask.rotate(17, Image.Resampling.BICUBIC).resize((256, 192), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    mask.save(buffer, "JPEG")
+    for label, in_colours in ((ramp, False), (Image.open(buffer), False), (ramp.convert("RGB"), True)):
+        label.save(path)
+        fields = {"names": ["background", "road"], "values": [0, 255]}
+        if in_colours:
+            fields = {"names": fields["names"], "values": [[0] * 3, [255] * 3], "labels": "colours"}
+        message = r"0.png: \d+ values on \d+.\d% of the pixels are no class, as after smoothing .* nearest neighbour"
+        with pytest.raises(DataError, match=message):
+            with_classes(folder_dataset, **fields).read(0)
+
+
+def test_the_advice_for_labels_from_1_on_shifts_no_name(folder_dataset):
+    for i in range(2):
+        path = folder_dataset / f"labels/train/{i}.png"
+        Image.fromarray(np.array(Image.open(path)) + 1).save(path)
+    with pytest.raises(DataError, match=r'label value 3 in .* "values": \[1, 2\], "ignore": \[0\] if 0 is no label'):
+        with_classes(folder_dataset)[0]
+    dataset = with_classes(folder_dataset, values=[1, 2, 3], ignore=[0])
+    assert dataset[0][1].unique().tolist() == [0, 1, 2]
+
+
+def fault(dataset, every_class=True):
+    return label_fault(dataset, sum(dataset.count_pixels(i) for i in range(len(dataset))), every_class)
+
+
+def test_a_class_without_a_pixel_is_a_fault_that_names_the_values(folder_dataset):
+    assert fault(with_classes(folder_dataset)) is None
+    names = ["left", "middle", "right", "up"]
+    text = fault(with_classes(folder_dataset, names=names))
+    assert text.startswith("values 0, 1, 2 occur; class 'up' [3] has no pixel: leave out its name")
+    assert fault(with_classes(folder_dataset, names=names), every_class=False) is None
+    for i in range(2):
+        mask = np.array(Image.open(folder_dataset / f"labels/train/{i}.png")) // 2 * 255
+        Image.fromarray(mask.astype(np.uint8)).save(folder_dataset / f"labels/train/{i}.png")
+    text = fault(with_classes(folder_dataset, names=["background", "road"]))
+    assert text.startswith(
+        "values 0, 255 occur; class 'road' [1] has no pixel: write \"values\": [0, 255] if these are"
+    )
+    assert fault(with_classes(folder_dataset, names=["background", "road"], values=[0, 255])) is None
+
+
+def training(root, **flags):
+    """Starts training on a dataset of one's own, of 48x64 pixels; DataError where it is refused."""
+    flags = {"out": root / "runs", "epochs": 1, "batch_size": 2, "workers": 0, "device": "cpu", **flags}
+    argv = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    train.main(["--dataset", "folder", "--data", str(root), "--crop-size", "32", "48", *argv])
+
+
+def test_training_refuses_wrong_data_before_the_first_step(folder_dataset, monkeypatch):
+    def save(kind, split, values):
+        Image.fromarray(values.astype(np.uint8)).save(folder_dataset / kind / split / "1.png")
+
+    monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("a step was taken"))
+    label = np.array(Image.open(folder_dataset / "labels/train/1.png"))
+    image = np.array(Image.open(folder_dataset / "images/val/1.png"))
+    masks, classes_json = ["labels/train/0.png", "labels/train/1.png"], folder_dataset / "classes.json"
+    kept = {path: (folder_dataset / path).read_bytes() for path in masks}
+    for cache in ("none", "ram"):
+        for kind, split, wrong, message in (
+            ("labels", "val", label + 7, "labels/val/1.png: label value 9, 7, 8 in 3072 pixels is no class"),
+            ("labels", "train", label + 7, "labels/train/1.png: label value 9, 7, 8"),
+            ("images", "val", image[:-1], "labels/val/1.png: 64x48 pixels, its image .*images/val/1.png 64x47"),
+        ):
+            path = folder_dataset / kind / split / "1.png"
+            before = path.read_bytes()
+            save(kind, split, wrong)
+            with pytest.raises(DataError, match=message):
+                training(folder_dataset, cache=cache)
+            path.write_bytes(before)
+        for value, message in ((255, "labels/train: no pixel has a label"), (0, "class 'middle' .1. has no pixel")):
+            for path in masks:
+                Image.new("L", (64, 48), value).save(folder_dataset / path)
+            with pytest.raises(DataError, match=message):
+                training(folder_dataset, cache=cache)
+            for path in masks:
+                (folder_dataset / path).write_bytes(kept[path])
+    for split in ("train", "val"):
+        for i in range(2):
+            Image.fromarray((label // 2 * 255).astype(np.uint8)).save(folder_dataset / f"labels/{split}/{i}.png")
+    classes_json.write_text(json.dumps({"names": ["background", "road"]}))
+    with pytest.raises(
+        DataError, match=r"values 0, 255 occur; class 'road' \[1\] has no pixel: write \"values\": \[0, 255\]"
+    ):
+        training(folder_dataset)
+    assert not list(folder_dataset.rglob("*.pth"))
+
+
+def test_masks_of_0_and_255_train_as_two_classes(folder_dataset):
+    for path in folder_dataset.glob("labels/*/*.png"):
+        Image.fromarray((np.array(Image.open(path)) // 2 * 255).astype(np.uint8)).save(path)
+    (folder_dataset / "classes.json").write_text(json.dumps({"names": ["background", "road"], "values": [0, 255]}))
+    training(folder_dataset)
+    records = (folder_dataset / "runs/logs/metrics.jsonl").read_text().splitlines()
+    assert json.loads(records[-1])["class_iou"].keys() == {"background", "road"}
+
+
+def test_ignored_pixels_alone_are_a_fault(folder_dataset):
+    for i in range(2):
+        Image.new("L", (64, 48), 255).save(folder_dataset / f"labels/train/{i}.png")
+    assert "no pixel has a label; label some, or look at what classes.json ignores: [255]" in fault(
+        with_classes(folder_dataset)
+    )
+
+
+def as_train_ids(root, drawn, name):
+    """A copy of split val of the drawn scenes whose label maps hold train ids, called *_{name}.png."""
+    shutil.copytree(drawn / "leftImg8bit/val", root / "leftImg8bit/val")
+    for i, sample in enumerate(open_dataset("cityscapes", drawn, "val").samples):
+        path = root / sample.label.relative_to(drawn)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        train_ids = open_dataset("cityscapes", drawn, "val")[i][1].numpy()
+        Image.fromarray(train_ids).save(path.with_name(path.name.replace("labelIds", name)))
+
+
+def test_train_ids_in_files_of_label_ids_are_noticed(drawn, tmp_path):
+    assert fault(open_dataset("cityscapes", drawn, "val"), False) is None
+    as_train_ids(tmp_path, drawn, "labelIds")
+    dataset = open_dataset("cityscapes", tmp_path, "val")
+    assert "no label id above 18 in *_labelIds.png, so they hold train ids" in fault(dataset, False)
+
+
+def test_label_maps_of_train_ids_are_read_where_there_are_no_others(drawn, tmp_path):
+    as_train_ids(tmp_path, drawn, "labelTrainIds")
+    expected, dataset = (open_dataset("cityscapes", root, "val") for root in (drawn, tmp_path))
+    assert len(dataset) == 5 and not any(sample.instances for sample in dataset.samples)
+    for (_, label), (_, train_ids) in zip(dataset, expected, strict=True):
+        assert torch.equal(label, train_ids)
+
+
 def test_sizes_that_differ_are_named(folder_dataset):
     Image.new("L", (64, 47)).save(folder_dataset / "labels/train/0.png")
     with pytest.raises(DataError, match=r"labels/train/0.png: 64x47 pixels, its image .*images/train/0.png 64x48"):
@@ -243,8 +498,7 @@ def test_label_values_of_no_class_are_named(folder_dataset):
     Image.fromarray(label).save(path)
     with pytest.raises(DataError, match="labels/train/0.png: label value 44, 17 in 3 pixels is no class; correct"):
         open_dataset("folder", folder_dataset, "train")[0]
-    (folder_dataset / "classes.json").write_text('{"names": ["left", "middle", "right"], "ignore": [17, 44, 255]}')
-    assert int(open_dataset("folder", folder_dataset, "train")[0][1][3, 5]) == IGNORE
+    assert int(with_classes(folder_dataset, ignore=[17, 44, 255])[0][1][3, 5]) == IGNORE
 
 
 def test_palette_label_is_read_by_its_indices(folder_dataset):
@@ -306,7 +560,7 @@ def test_a_label_map_in_a_format_that_alters_values_is_refused(tmp_path, suffix)
         read_label(tmp_path / f"x{suffix}", IDS)
 
 
-@pytest.mark.parametrize("mode", ["1", "RGB", "RGBA", "LA", "I;16"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "I;16"])
 def test_label_maps_of_other_modes_are_named(tmp_path, mode):
     Image.new(mode, (40, 40)).save(tmp_path / "x.png")
     with pytest.raises(DataError, match=f"x.png: label map of mode {mode}, expected class ids of 8 bits"):
@@ -627,6 +881,17 @@ def test_samples_depend_on_their_key_alone(drawn):
         assert torch.equal(image, same_image) and torch.equal(label, same_label)
 
 
+def test_a_plain_loader_augments(drawn):
+    dataset = open_dataset("cityscapes", drawn, "train", Augmentation((64, 96)))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4, shuffle=True)
+    epochs = [torch.cat([image for image, _ in loader]) for _ in range(2)]
+    assert epochs[0].shape == (12, 64, 96, 3)
+    torch.manual_seed(0)
+    (first, _), (second, _) = dataset[3], dataset[3]
+    torch.manual_seed(0)
+    assert not torch.equal(first, second) and torch.equal(dataset[3][0], first)
+
+
 def test_normalise_is_zero_mean_unit_variance_of_imagenet():
     images = torch.tensor([[[[124, 116, 104], [255, 0, 0]]]], dtype=torch.uint8)
     x = normalise(images)
@@ -733,12 +998,12 @@ KEYS = [(epoch, position, position % 5) for epoch in (1, 2) for position in rang
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_samples_from_memory_are_those_from_files(tmp_path, workers, context):
     dataset = mixed_dataset(tmp_path, Augmentation((80, 96), seed=2))
-    expected = [dataset[key] for key in KEYS] + [dataset[3]]
+    expected = [dataset[key] for key in KEYS]
     dataset.cache = RamCache(dataset, threads=2)
     for sample in dataset.samples:  # nothing is read any more
         sample.image.unlink()
     options = {"multiprocessing_context": context} if workers else {}
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=[*KEYS, 3], num_workers=workers, **options)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=KEYS, num_workers=workers, **options)
     for (image, label), (expected_image, expected_label) in zip(loader, expected, strict=True):
         assert torch.equal(image, expected_image) and torch.equal(label, expected_label)
 
@@ -773,7 +1038,7 @@ def test_too_little_memory_is_reported_before_anything_is_decoded(tmp_path, monk
     monkeypatch.setattr(data, "cache_bytes", lambda _: [2**30] * 5)
     monkeypatch.setattr(data, "free_memory", lambda: 2**31)
     monkeypatch.setattr(SegmentationDataset, "read", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(DataError, match=r"cache of 5 images needs 5.00 GiB of memory, 2.00 GiB are free"):
+    with pytest.raises(DataError, match=r"the RAM cache needs 5.00 of 2.00 GiB free; train without"):
         RamCache(dataset)
 
 
@@ -786,7 +1051,7 @@ def test_a_second_split_is_cached_only_if_it_fits(tmp_path, monkeypatch):
     assert datasets[0].cache and not datasets[1].cache
     monkeypatch.setattr(data, "free_memory", lambda: 3 * size)
     data.cache_in_ram(datasets)
-    assert (datasets[1].cache[4][1] == datasets[1].read_label(4)).all() and datasets[1].cache
+    assert (datasets[1].cache[4][1] == datasets[1].read(4)[1]).all() and datasets[1].cache
 
 
 def test_free_memory_is_a_sensible_number():
@@ -799,7 +1064,7 @@ def test_index_may_be_a_numpy_integer(tmp_path):
         dataset.cache = cache
         for a, b in zip(dataset[np.int64(3)], dataset[3]):
             assert torch.equal(a, b)
-        assert (dataset.read_label(np.int64(3)) == dataset[3][1].numpy()).all()
+        assert (dataset.count_pixels(np.int64(3)) == np.bincount(dataset[3][1].flatten(), minlength=256)).all()
         with pytest.raises(IndexError):  # which ends `for image, label in dataset`
             dataset[5]
 

@@ -3,8 +3,9 @@
     python tools/check.py ROOT                                        # an own dataset, layout "folder"
     python tools/check.py --dataset camvid --data datasets/camvid --splits train --sheet sheet.png
 
-Prints sizes and class shares; files that have no partner, cannot be read, or occur twice (above all in two splits);
-label values of no class; label maps without a label. The last line is one JSON object. Exit status 2 for problems.
+Prints sizes, and for each value in the label maps the class that it means and its share of the pixels; files without
+partner, that cannot be read or occur twice (above all in two splits); values of no class, classes without a pixel. The
+last line is one JSON object. Exit status 2 for problems.
 """
 
 from __future__ import annotations
@@ -26,73 +27,78 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image
 
-from data import IGNORE, DataError, SegmentationDataset, find_samples, read_classes, split_names
+from data import IGNORE, DataError, SegmentationDataset, find_samples, label_fault, read_classes, split_names, values_of
 from eval import contact_sheet
 from launch import OneLineParser, exit_status
 from model import MIN_SIZE
 
 
 def check(name: str, root: Path, splits: list[str]) -> dict:
-    """What is in the given splits of a dataset, or in all, and what is wrong. Raises DataError for no such dataset."""
+    """Reads the given splits of a dataset, or else all of them. Raises DataError if there is no such dataset.
+
+    Returns:
+        {"dataset", "values": {class: its values in the label maps}, "splits": {split: see `check_split`},
+        "problems": [...], "notes": [...]}.
+    """
     classes, table = read_classes(name, root)
-    contents, problems, notes, first_with = {}, [], [], {}  # the last one: the first image of every digest
+    values = {name: values_of(table, i) for i, name in enumerate(classes.names)}
+    report = {"dataset": name, "values": values, "splits": {}, "problems": [], "notes": []}
+    if name == "folder" and not any(path.is_dir() for path in root.glob("images/[!.]*")):
+        report["notes"].append("no folders in images: the last fifth of the sorted names is split val, the rest train")
+    first_with: dict[bytes, Path] = {}  # the first image of every digest
     for split in splits or existing_splits(name, root):
+        lines = report["problems" if split in (*splits, "train", "val") else "notes"]  # a test split may lack labels
         try:
             samples, unpaired = find_samples(name, root, split)
         except DataError as error:
-            problems.append(str(error))
+            samples, unpaired = [], [str(error)]
+        if not samples:
+            lines += unpaired[:1]
             continue
-        if not samples and split not in ("train", "val"):
-            notes.append(f"{split}: no label maps; its images can be predicted, but not evaluated")
-            continue
-        content, faults, digests = check_split(SegmentationDataset(samples, classes, table))
-        contents[split] = content
-        problems += unpaired + faults
+        dataset = SegmentationDataset(samples, classes, table)
+        report["splits"][split], pixels, problems, digests = check_split(dataset)
         for path, digest in digests.items():
             other = first_with.setdefault(digest, path)
             if other != path:
                 problems.append(f"{path}: same image as {other}; remove one, most of all if they are in two splits")
-        if any(content["classes"].values()):
-            notes += [f"{split}: no pixel of class {name}" for name, share in content["classes"].items() if not share]
-        else:  # as in the test split of Cityscapes
-            lines = problems if split in ("train", "val") else notes
-            lines.append(f"{split}: no pixel has a label; it can be predicted, but not evaluated")
-    for split, flag in (("train", "--split"), ("val", "--val-split")):
-        if not splits and split not in contents:
-            notes.append(f"no split {split}: set some images apart, or give train.py another with {flag}")
-    return {"dataset": name, "splits": contents, "problems": problems, "notes": notes}
+        report["problems"] += unpaired + problems
+        problem = label_fault(dataset, pixels, every_class=name == "folder" and split == "train")
+        lines += [f"{split}: {problem}"] if problem else []
+    return report
 
 
 def existing_splits(name: str, root: Path) -> list[str]:
-    """The splits in a dataset's folder."""
-    pattern = {"cityscapes": "leftImg8bit/[!.]*", "camvid": "*annot", "folder": "images/[!.]*"}[name]
-    return sorted(path.name.removesuffix("annot") for path in root.glob(pattern) if path.is_dir()) or ["train"]
+    """Train, val, and the other splits in a dataset's folder."""
+    parent = root / {"cityscapes": "leftImg8bit", "camvid": "", "folder": "images"}[name]
+    found = {path.name for path in parent.glob("[!.]*") if path.is_dir()} - {"train", "val"}
+    return ["train", "val", *sorted(split for split in found if name != "camvid" or (root / f"{split}annot").is_dir())]
 
 
-def check_split(dataset: SegmentationDataset) -> tuple[dict, list[str], dict[Path, bytes]]:
-    """What is in a split, {"images", "sizes", "unlabelled", "classes"}; its problems; and a digest of every image."""
-    problems, unlabelled, digests, sizes, pixels = [], [], {}, Counter(), np.zeros(256, np.int64)
+def check_split(dataset: SegmentationDataset) -> tuple[dict, np.ndarray, list[str], dict[Path, bytes]]:
+    """Reads all images and label maps of a split.
+
+    Returns:
+        {"images", "sizes": {"WxH": images}, "unlabelled": share of the pixels, "classes": {name: share of the labelled
+        pixels}}; (256,) pixels of each train id; the problems; a digest of every image.
+    """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(read_sample, [dataset] * len(dataset), range(len(dataset)))
-        for sample, result in zip(dataset.samples, results):
-            if isinstance(result, DataError):
-                problems.append(str(result))
-                continue
-            (width, height), counts, digests[sample.image] = result
-            sizes[f"{width}x{height}"] += 1
-            pixels += counts
-            if not counts[:IGNORE].any():
-                unlabelled.append(f"{sample.label}: no pixel has a label; label it, or remove it and its image")
-            if min(width, height) < MIN_SIZE:
-                problems.append(f"{sample.image}: {width}x{height} pixels, expected at least {MIN_SIZE}x{MIN_SIZE}")
+        results = list(pool.map(read_sample, [dataset] * len(dataset), range(len(dataset))))
+    problems = [str(result) for result in results if isinstance(result, DataError)]
+    seen = [(s, *result) for s, result in zip(dataset.samples, results) if not isinstance(result, DataError)]
+    pixels = sum((counts for *_, counts, _ in seen), np.zeros(256, np.int64))
     labelled = int(pixels[:IGNORE].sum())
+    for sample, (width, height), counts, _ in seen:
+        if labelled and not counts[:IGNORE].any():
+            problems.append(f"{sample.label}: no pixel has a label; label it, or remove it and its image")
+        if min(width, height) < MIN_SIZE:
+            problems.append(f"{sample.image}: {width}x{height} pixels, expected at least {MIN_SIZE}x{MIN_SIZE}")
     content = {
         "images": len(dataset),
-        "sizes": dict(sizes.most_common()),  # {"WxH": images}
-        "unlabelled": float(pixels[IGNORE] / max(1, pixels.sum())),  # share of all pixels; below, of the labelled ones
+        "sizes": dict(Counter(f"{width}x{height}" for _, (width, height), *_ in seen).most_common()),
+        "unlabelled": float(pixels[IGNORE] / max(1, pixels.sum())),
         "classes": {name: float(count / max(1, labelled)) for name, count in zip(dataset.classes.names, pixels)},
     }
-    return content, problems + (unlabelled if labelled else []), digests
+    return content, pixels, problems, {sample.image: digest for sample, *_, digest in seen}
 
 
 def read_sample(dataset: SegmentationDataset, index: int) -> tuple[tuple[int, int], np.ndarray, bytes] | DataError:
@@ -115,20 +121,22 @@ def sheet_rows(name: str, root: Path, split: str) -> Iterator[list[Image.Image]]
 
 
 def print_report(report: dict) -> None:
-    """Prints a report for people; problems that differ only in their files are one line."""
+    """Prints a report for people; problems that differ only in their files and numbers of pixels are one line."""
     splits = report["splits"]
     for split, content in splits.items():
         sizes = ", ".join(f"{count} of {size}" for size, count in list(content["sizes"].items())[:5])
         print(f"{split}: {content['images']} images with label maps: {sizes}{', ...' * (len(content['sizes']) > 5)}")
-    print(f"{'share of the labelled pixels':<32}" + "".join(f"{split:>12}" for split in splits))
-    for name in next(iter(splits.values()), {"classes": ()})["classes"]:
-        print(f"  {name:<30}" + "".join(f"{content['classes'][name]:12.3%}" for content in splits.values()))
-    print(f"{'unlabelled':<32}" + "".join(f"{content['unlabelled']:12.3%}" for content in splits.values()))
+    print(f"{'value':<16}{'name':<24}" + "".join(f"{split:>12}" for split in splits) + "  (share of labelled pixels)")
+    for name, values in report["values"].items():
+        shares = (f"{content['classes'][name]:12.3%}" for content in splits.values())
+        print(f"{str(values)[1:-1]:<15.15} {name:<24}" + "".join(shares))
+    print(f"{'unlabelled, of all pixels':<40}" + "".join(f"{each['unlabelled']:12.3%}" for each in splits.values()))
     for note in report["notes"]:
         print(f"note: {note}")
     kinds: dict[str, list[str]] = {}
     for problem in report["problems"]:
-        kinds.setdefault(re.sub(r"\S*/\S*", "", problem.partition(": ")[2]), []).append(problem)
+        kind = re.sub(r"\S*/\S*|\d+ values on \S+|in \d+ pixels", "", problem.partition(": ")[2])
+        kinds.setdefault(kind, []).append(problem)
     for first, *others in kinds.values():
         print(f"problem: {first}{f' (and {len(others)} more like it)' if others else ''}")
     print(f"{len(report['problems']) or 'no'} problem{'s' * (len(report['problems']) != 1)}")
@@ -156,7 +164,6 @@ def main(argv: list[str] | None = None) -> int:
         rows = [row for split in report["splits"] for row in sheet_rows(args.dataset, root, split)]
         Path(args.sheet).parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(rows, ("image", "labels")).save(args.sheet)
-        print(f"wrote {args.sheet}")
     print(json.dumps(report), flush=True)
     return 2 if report["problems"] else 0
 
