@@ -286,7 +286,7 @@ def test_disk_that_fills_leaves_the_last_good_checkpoint(drawn, tmp_path):
     disk.mkdir()
     # Room for the first two checkpoints of 9.4 MiB and the best model, not for a third; then the ballast goes.
     shell = f"""
-        mount -t tmpfs -o size=48m tmpfs {disk} && head -c 18M /dev/zero > {disk}/ballast || exit 99
+        mount -t tmpfs -o size=60m tmpfs {disk} && head -c 30M /dev/zero > {disk}/ballast || exit 99
         "$@"; echo status $?; ls -A {disk}/r/checkpoints
         rm {disk}/ballast; "$@" --resume auto && cp -r {disk}/r {tmp_path}/kept
     """

@@ -79,7 +79,7 @@ def test_batch_divides_over_the_processes_or_is_refused(monkeypatch):
     for world_size in (1, 2, 4, 8):
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
         train.parse_args([])
-    with pytest.raises(UsageError, match="--batch-size 12 does not divide over 8 processes; use 16"):
+    with pytest.raises(UsageError, match="--batch-size 12 does not divide over 8 processes; use .8, 16."):
         train.parse_args(["--batch-size", "12"])
 
 
@@ -191,9 +191,10 @@ def test_class_weights_by_hand_and_their_fading(folder_dataset, tmp_path, monkey
     powers, weights = [], train.class_weights
     monkeypatch.setattr(train, "class_weights", lambda shares, power: powers.append(power) or weights(shares, power))
     options = {"dataset": "folder", "epochs": 4, "crop_size": (32, 48), "class_balance": 0.5}
+    (folder_dataset / "classes.json").write_text(json.dumps({"names": ["left", "middle", "right"]}))
     assert run(folder_dataset, tmp_path / "r", **options) == 0
     assert powers == pytest.approx([0.5, 0.375, 0.25, 0.125])
-    assert records(tmp_path / "r", "val")[0]["class_iou"].keys() == {"left", "middle", "right", "none"}
+    assert records(tmp_path / "r", "val")[0]["class_iou"].keys() == {"left", "middle", "right"}
 
 
 # -------------------------------------------------------------------------------------------------------------- log lines
@@ -412,7 +413,7 @@ def test_split_without_a_label_stops_with_a_message(folder_dataset, tmp_path, ca
     for path in (folder_dataset / "labels/val").iterdir():
         Image.new("L", (64, 48), 255).save(path)
     options = {"dataset": "folder", "crop_size": (32, 48)}
-    refused(capsys, "no pixel of split val has a label", folder_dataset, tmp_path / "r", **options)
+    refused(capsys, "labels/val: no pixel has a label", folder_dataset, tmp_path / "r", **options)
 
 
 def test_output_that_cannot_be_written_is_one_line_before_the_first_step(drawn, tmp_path, capsys):
