@@ -248,6 +248,8 @@ def read_classes(name: str, root: Path) -> tuple[Classes, bytes]:
     """The classes of a dataset and the `label_table` of its label maps. Raises DataError."""
     if name not in _LAYOUTS:
         raise DataError(f"dataset {name!r} is unknown, expected one of {', '.join(_LAYOUTS)}")
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder, expected that of the {name} dataset; README.md describes its layout")
     marks = {"cityscapes": "leftImg8bit", "camvid": "trainannot", "folder": "classes.json"}
     present = [dataset for dataset, mark in marks.items() if (root / mark).exists()]
     if present and name not in present:
@@ -477,10 +479,8 @@ class Augmentation:
         factor = 0.5 if self.half_epochs and key[0] <= self.half_epochs else 1.0
         for _ in range(10):
             scale = factor * rng.uniform(*self.scale_range)
-            rows, columns = (
-                draw_span(rng, size, max(1, round(size * scale)), round(crop * factor))
-                for size, crop in zip(label.shape, self.crop_hw)
-            )
+            sizes = zip(label.shape, self.crop_hw)
+            rows, columns = (draw_span(rng, n, max(1, round(n * scale)), round(crop * factor)) for n, crop in sizes)
             if self.max_class_share >= 1 or largest_share(label, rows, columns) <= self.max_class_share:
                 break
         flip = self.flip and rng.random() < 0.5

@@ -161,7 +161,7 @@ def test_command_line_from_another_folder(folder_dataset, tmp_path):
 
 def test_what_the_user_can_mend_is_one_line(folder_dataset, tmp_path, monkeypatch, capsys):
     for flags, message in (
-        ((tmp_path / "none",), "none/classes.json: "),
+        ((tmp_path / "none",), "none: no such folder"),
         ((tmp_path,), "classes.json: "),
         ((folder_dataset, "--dataset", "voc"), "dataset 'voc' is unknown"),
         ((folder_dataset, "--rows"), "unrecognized arguments: --rows"),
