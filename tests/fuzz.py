@@ -185,7 +185,7 @@ def labels(rng: random.Random, folder: Path) -> str:
 
 # -------------------------------------------------------------------------------------------- class files, checkpoints
 
-CLASSES = {"names": ["road", "car", "sky"], "colours": [[9, 64, 128], [0, 0, 142], [70, 130, 180]], "ignore": [255, 2]}
+CLASSES = {"names": ["road", "car", "sky"], "colours": [[9, 64, 128], [0, 0, 142], [70, 130, 180]], "ignore": [255, 7]}
 JUNK = [None, True, 0, -1, 3, 256, 10**30, 0.5, float("nan"), "", "x", "colours", [], {}, [[]], [1], ["x"], {"x": 1}]
 
 
