@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import kills
 import train
@@ -143,6 +145,8 @@ def test_what_does_not_continue_a_run_is_refused_and_nothing_is_touched(drawn, f
     refused(capsys, "1.pth: its run had --ema 0.0; resume with the same", drawn, other, ema=0.9, resume=checkpoint)
     names = {"names": [f"class {i}" for i in range(19)]}
     (folder_dataset / "classes.json").write_text(json.dumps(names))
+    for path in folder_dataset.glob("labels/*/*.png"):
+        Image.fromarray((np.arange(48 * 64, dtype=np.uint8) % 19).reshape(48, 64)).save(path)
     refused(capsys, "1.pth: was trained on other classes", folder_dataset, other, **own, resume=checkpoint)
     assert before == {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
     checkpoint.write_bytes(before[checkpoint][:-100])
