@@ -38,8 +38,15 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
 PADDING_RGB = tuple(round(255 * m) for m in MEAN)  # 0 after normalisation
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp")
-IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")  # whatever the suffix, only these decoders of Pillow are used
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_FORMATS = (
+    "PNG",
+    "JPEG",
+    "BMP",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # whatever the suffix, only these decoders of Pillow are used
 
 
 class DataError(ValueError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import signal
 import sys
@@ -32,8 +31,8 @@ class OneLineParser(argparse.ArgumentParser):
 def exit_status(main: Callable[[], int | None], errors: tuple[type[Exception], ...] = ()) -> int:
     """Runs `main` and returns the exit status of the process: what `main` returned, or else 0.
 
-    UsageError, OSError, too little memory and the given `errors` are the user's to mend: one line on stderr and status 2.
-    Other exceptions are faults of the program and keep their traceback.
+    UsageError, OSError, a missing package, too little memory and the given `errors` are the user's to mend: one line on
+    stderr and status 2. Other exceptions are faults of the program and keep their traceback.
     """
     try:
         status, line = main() or 0, ""
@@ -41,6 +40,9 @@ def exit_status(main: Callable[[], int | None], errors: tuple[type[Exception], .
             dist.destroy_process_group()
     except KeyboardInterrupt:
         status, line = 130, "interrupted"
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        status, line = 2, f"this needs the package {package}: pip install {package}"
     except (UsageError, OSError, MemoryError, torch.OutOfMemoryError, *errors) as error:
         # An error from a DataLoader's worker has that worker's traceback as its message; its own is the last line.
         last_line = (str(error).strip() or repr(error)).splitlines()[-1]
@@ -110,11 +112,3 @@ def memory_format(device: torch.device) -> torch.memory_format:
 def name_of(device: torch.device) -> str:
     """The device's name as PyTorch knows it, else its type."""
     return getattr(torch.get_device_module(device), "get_device_name", lambda device: device.type)(device)
-
-
-def import_option(package: str, purpose: str):
-    """Imports an optional package; UsageError where it is missing."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise UsageError(f"{purpose} needs the package {package}: pip install {package}") from None

@@ -49,7 +49,7 @@ from data import (
     train_loader,
 )
 from eval import confusion_matrix, evaluate, metrics
-from launch import AMP_DTYPES, OneLineParser, UsageError, exit_status, import_option, memory_format, start_processes
+from launch import AMP_DTYPES, OneLineParser, UsageError, exit_status, memory_format, start_processes
 from model import VARIANTS, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint
 from ops_ext import accelerate, fast_precision, implementations, upsample_cross_entropy
 
@@ -347,7 +347,6 @@ class Log:
             folder.mkdir(parents=True, exist_ok=True)
             self.files = [open(folder / name, "a", encoding="utf-8") for name in ("train.log", "metrics.jsonl")]
             if tensorboard:
-                import_option("tensorboard", "--tensorboard")
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(str(folder))

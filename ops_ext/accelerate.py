@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,22 +76,6 @@ class Segment:
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, expected uint8 (N, H, W, 3), not empty")
         return self.labels(images.to(self.device), tuple(size or images.shape[1:3]))
 
-    @torch.inference_mode()
-    def stages_ms(self, images: Tensor, repeats: int = 20) -> dict[str, float]:
-        """Median time of each part, in milliseconds."""
-        stages = self.run.stages(images.to(self.device))
-        return {name: self._median_ms(stage, repeats) for name, stage in stages.items()}
-
-    def _median_ms(self, stage: Callable[[], object], repeats: int) -> float:
-        times = []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            stage()
-            if self.device.type != "cpu":
-                torch.accelerator.synchronize(self.device)
-            times.append(1000 * (time.perf_counter() - start))
-        return statistics.median(times[1:])
-
 
 class InPyTorch:
     """From uint8 images to label maps on their device, by a network in evaluation mode, which is changed."""
@@ -109,10 +91,6 @@ class InPyTorch:
     def scores(self, images: Tensor) -> Tensor:
         pixels = (images.permute(0, 3, 1, 2) - self.shift) * self.scale  # (N, 3, H, W), channels_last in memory
         return self.model(pixels.to(self.dtype), upsample=False)  # (N, C, H/8, W/8)
-
-    def stages(self, images: Tensor) -> dict[str, Callable[[], Tensor]]:
-        scores = self.scores(images)
-        return {"network": lambda: self.scores(images), "labels": lambda: upsample_argmax(scores, images.shape[1:3])}
 
 
 def fold_batch_norm(model: nn.Module) -> None:

@@ -32,14 +32,14 @@ def test_the_json_object_of_one_size(capsys):
     assert f"64x96, fp32: {times['median']:.1f} ms" in out and "sizes" not in result
 
 
-def test_the_papers_sizes_stages_and_other_runtimes(capsys, monkeypatch):
+def test_the_papers_sizes_and_other_runtimes(capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "PAPER_SIZES", ((64, 96), (40, 40)))
     others = ["eager", "channels_last"]
-    benchmark.main(["--repeats", "2", "--device", "cpu", "--stages", "--against", *others])
+    benchmark.main(["--repeats", "2", "--device", "cpu", "--against", *others])
     result = last_json(capsys.readouterr().out)
     assert [each["size"] for each in result["sizes"]] == [[64, 96], [40, 40]] and result["size"] == [64, 96]
     for each in result["sizes"]:
-        assert set(each["against"]) == set(others) and sum(each["stages_ms"].values()) > 0
+        assert set(each["against"]) == set(others)
 
 
 def test_latency_leaves_the_warm_up_out():
@@ -68,10 +68,10 @@ def test_other_runtimes_compute_the_same(name, monkeypatch):
     assert segment(images).dtype == torch.uint8 and (segment(images) == expected).float().mean() > 0.999
 
 
-@pytest.mark.parametrize("name, package", [("onnxruntime", "onnx"), ("openvino", "openvino")])
+@pytest.mark.parametrize("name, package", [("onnxruntime", "onnxruntime"), ("openvino", "openvino")])
 def test_missing_packages_are_named(monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UsageError, match=f"needs the package {package}: pip install {package}"):
+    with pytest.raises(ModuleNotFoundError, match=package):
         benchmark.main(["--size", "64", "96", "--repeats", "1", "--device", "cpu", "--against", name])
 
 
@@ -88,7 +88,7 @@ def test_training_is_timed_in_two_processes(drawn, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)  # of one process alone
     assert (result["processes"], result["batch_size"], result["crop_size"]) == (2, 4, [32, 64])
-    for name in ("loader_images_per_s", "step_images_per_s", "images_per_s", "peak_memory_mib"):
+    for name in ("loader_images_per_s", "step_images_per_s", "images_per_s"):
         assert result[name] > 0
     assert not list(tmp_path.iterdir())  # nothing is written
 

@@ -147,8 +147,12 @@ def test_what_a_device_lacks_is_asked_of_the_device(monkeypatch):
     assert launch.name_of(torch.device("cuda:1")) == "name of cuda:1"
 
 
-def test_an_option_that_is_missing_is_named(monkeypatch):
-    assert launch.import_option("json", "--x") is sys.modules["json"]
+def test_a_missing_package_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # as where it is not installed
-    with pytest.raises(UsageError, match="--tensorboard needs the package tensorboard: pip install tensorboard"):
-        launch.import_option("tensorboard", "--tensorboard")
+
+    def main():
+        import tensorboard.data  # noqa: F401
+
+    assert launch.exit_status(main) == 2
+    error = capsys.readouterr().err
+    assert error.endswith(": this needs the package tensorboard: pip install tensorboard\n") and error.count("\n") == 1

@@ -1,7 +1,7 @@
 """Times inference, from an RGB image in memory to a label map in memory, or training.
 
     python tools/benchmark.py                                             # the paper's three sizes
-    python tools/benchmark.py --size 512 1024 --stages --against eager compile onnxruntime openvino-bf16
+    python tools/benchmark.py --size 512 1024 --against eager compile onnxruntime openvino-bf16
     python tools/benchmark.py --train 20 --data datasets/cityscapes --cache ram    # with the flags of train.py
 
 Inference needs no weights. Training times the loader alone, the step alone and both, and writes nothing; under torchrun
@@ -15,7 +15,6 @@ import copy
 import functools
 import itertools
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 from data import MEAN, STD, DataError
-from launch import AMP_DTYPES, OneLineParser, UsageError, exit_status, import_option, name_of, start_processes
-from model import MIN_SIZE, VARIANTS, CheckpointError, FastSCNN, load_weights
+from launch import AMP_DTYPES, OneLineParser, UsageError, exit_status, name_of, start_processes
+from model import MIN_SIZE, CheckpointError, FastSCNN, load_weights
 from ops_ext import accelerate, fast_precision
 
 PAPER_SIZES = ((1024, 2048), (512, 1024), (256, 512))  # height and width in pixels, table 8
@@ -67,25 +66,26 @@ def in_pytorch(model: FastSCNN, images: Tensor, device, *, planes=False, compile
 
 def onnx_model(model: FastSCNN, images: Tensor) -> bytes:
     """The network for images of this size, as the content of an ONNX file."""
-    for package in ("onnx", "onnxscript"):
-        import_option(package, "--against onnxruntime or openvino")
     network = ImagesToLabels(model).eval()
     program = torch.onnx.export(network, (images,), input_names=["images"], dynamo=True, verbose=False)
     return program.model_proto.SerializeToString()
 
 
 def in_onnxruntime(model: FastSCNN, images: Tensor, device) -> Segment:
-    runtime = import_option("onnxruntime", "--against onnxruntime")
-    options = runtime.SessionOptions()
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(onnx_model(model, images), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(onnx_model(model, images), options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 def in_openvino(model: FastSCNN, images: Tensor, device, *, precision="f32") -> Segment:
-    core = import_option("openvino", "--against openvino").Core()
+    from openvino import Core
+
     hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     hints["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
+    core = Core()
     network = core.compile_model(core.read_model(onnx_model(model, images)), "CPU", hints)
     return lambda images: torch.from_numpy(network([images.numpy()])[0])
 
@@ -114,7 +114,7 @@ def latency_ms(segment: Segment, images: Tensor, repeats: int) -> dict[str, floa
 
 def time_inference(args: argparse.Namespace) -> dict:
     """The latencies of all sizes; those of the first one also at the top level."""
-    model = load_weights(args.weights) if args.weights else FastSCNN(variant=args.variant)
+    model = load_weights(args.weights) if args.weights else FastSCNN()
     device, _, _ = start_processes(args.device)
     precision = fast_precision(device) if args.amp == "auto" else AMP_DTYPES[args.amp] or torch.float32
     ours = accelerate(model, device=device, precision=precision)
@@ -125,23 +125,13 @@ def time_inference(args: argparse.Namespace) -> dict:
         result = {"device": name_of(device), "precision": ours.precision, "size": [height, width]}
         result |= {"batch_size": args.batch_size, "latency_ms": latency_ms(ours, images, args.repeats)}
         result |= {"fps": round(1000 * args.batch_size / result["latency_ms"]["median"], 3), "params": params}
-        if args.stages:
-            result["stages_ms"] = ours.stages_ms(images)
         if args.against:
             runtimes = {name: RUNTIMES[name](model, images, device) for name in args.against}
             result["against"] = {name: latency_ms(each, images, args.repeats) for name, each in runtimes.items()}
-        print_latencies(result)
+        for name, ms in {ours.precision: result["latency_ms"], **result.get("against", {})}.items():
+            print(f"{height}x{width}, {name}: {ms['median']:.1f} ms, {1000 * args.batch_size / ms['median']:.1f} fps")
         results.append(result)
     return {**results[0], "sizes": results} if len(results) > 1 else results[0]
-
-
-def print_latencies(result: dict) -> None:
-    """A line for each runtime, and for each part of the network."""
-    for name, ms in {result["precision"]: result["latency_ms"], **result.get("against", {})}.items():
-        fps = 1000 * result["batch_size"] / ms["median"]
-        print(f"{'{}x{}'.format(*result['size'])}, {name}: {ms['median']:.1f} ms, {fps:.1f} fps", flush=True)
-    for stage, ms in result.get("stages_ms", {}).items():
-        print(f"    {stage} {ms:.2f} ms")
 
 
 def batches(run: train.Run) -> Iterator[tuple[Tensor, Tensor]]:
@@ -163,13 +153,6 @@ def images_per_s(run: train.Run, steps: int, work: Callable[[], object], skip: i
     return round(steps * run.args.batch_size / (time.perf_counter() - start), 2)
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    """Of this process since its start; of an accelerator, what PyTorch allocated there."""
-    if device.type != "cpu":
-        return torch.get_device_module(device).max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
-
-
 def time_training(steps: int, flags: list[str]) -> dict:
     """Images a second of the loader, of the step, and of both, for flags of train.py; empty for other ranks than 0."""
     args = train.parse_args(flags)
@@ -177,7 +160,6 @@ def time_training(steps: int, flags: list[str]) -> dict:
     device, rank, world_size = start_processes(args.device)
     if device.type == "cpu":
         train.keep_freed_memory()
-    memory_before = peak_memory_mib(device)
     run = train.Run(args, datasets, device, rank, world_size)
     run.ddp.train()
     source, prefetched = batches(run), 2 * args.workers + 1
@@ -189,7 +171,8 @@ def time_training(steps: int, flags: list[str]) -> dict:
     for _ in range(prefetched):
         next(source)
     result["images_per_s"] = images_per_s(run, steps, lambda: train.train_step(run, *next(source)))
-    result["peak_memory_mib"] = round(peak_memory_mib(device) - memory_before)
+    if device.type != "cpu":
+        result["peak_memory_mib"] = round(torch.accelerator.max_memory_allocated() / 2**20)
     return result if rank == 0 else {}
 
 
@@ -200,13 +183,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--train", type=int, metavar="N", help="time N steps of training, with the flags of train.py instead of these")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: 1024x2048, 512x1024 and 256x512)")
     add("--batch-size", type=int, default=1, metavar="N", help="images at once (default: %(default)s)")
-    network = parser.add_mutually_exclusive_group().add_argument
-    network("--variant", choices=VARIANTS, default="paper", help="network variant (default: %(default)s)")
-    network("--weights", metavar="FILE", help="the network of this checkpoint")
+    add("--weights", metavar="FILE", help="time the network of this checkpoint (default: the paper's, untrained)")
     add("--amp", choices=("auto", *AMP_DTYPES), default="auto", help="precision (default: the fastest)")
     add("--device", help="cpu, cuda, ... (default: the machine's accelerator, else the CPU)")
     add("--against", nargs="+", choices=RUNTIMES, default=[], help="other runtimes to time on the same images")
-    add("--stages", action="store_true", help="also time the parts of the network")
     add("--repeats", type=int, default=20, metavar="N", help="timed runs (default: %(default)s)")
     return parser
 

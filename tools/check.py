@@ -1,7 +1,7 @@
 """Checks a dataset before training: reads every image and label map, and reports what is in them and what is wrong.
 
     python tools/check.py ROOT                                        # an own dataset, layout "folder"
-    python tools/check.py --dataset camvid --data datasets/camvid --splits train --sheet sheet.png
+    python tools/check.py datasets/camvid --dataset camvid --sheet sheet.png
 
 Prints sizes, and for each value in the label maps the class that it means and its share of the pixels; files without
 partner, that cannot be read or occur twice (above all in two splits); values of no class, classes without a pixel. The
@@ -11,7 +11,6 @@ last line is one JSON object. Exit status 2 for problems.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -27,14 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image
 
-from data import IGNORE, DataError, SegmentationDataset, find_samples, label_fault, read_classes, split_names, values_of
+from data import IGNORE, DataError, SegmentationDataset, find_samples, label_fault, read_classes, values_of
 from eval import contact_sheet
 from launch import OneLineParser, exit_status
 from model import MIN_SIZE
 
 
-def check(name: str, root: Path, splits: list[str]) -> dict:
-    """Reads the given splits of a dataset, or else all of them. Raises DataError if there is no such dataset.
+def check(name: str, root: Path) -> dict:
+    """Reads all splits of a dataset. Raises DataError if there is no such dataset.
 
     Returns:
         {"dataset", "values": {class: its values in the label maps}, "splits": {split: see `check_split`},
@@ -46,8 +45,8 @@ def check(name: str, root: Path, splits: list[str]) -> dict:
     if name == "folder" and not any(path.is_dir() for path in root.glob("images/[!.]*")):
         report["notes"].append("no folders in images: the last fifth of the sorted names is split val, the rest train")
     first_with: dict[bytes, Path] = {}  # the first image of every digest
-    for split in splits or existing_splits(name, root):
-        lines = report["problems" if split in (*splits, "train", "val") else "notes"]  # a test split may lack labels
+    for split in existing_splits(name, root):
+        lines = report["problems" if split in ("train", "val") else "notes"]  # a test split may lack labels
         try:
             samples, unpaired = find_samples(name, root, split)
         except DataError as error:
@@ -115,9 +114,8 @@ def sheet_rows(name: str, root: Path, split: str) -> Iterator[list[Image.Image]]
     """Some images of a split, evenly spaced, without and with their labels in colour."""
     dataset = SegmentationDataset(find_samples(name, root, split)[0], *read_classes(name, root))
     for index in np.linspace(0, len(dataset) - 1, min(6, len(dataset))).astype(int):
-        with contextlib.suppress(DataError):  # is in the report
-            image, label = dataset.read(index)
-            yield [image, Image.blend(image, dataset.classes.colour_map(label), 0.6)]
+        image, label = dataset.read(index)
+        yield [image, Image.blend(image, dataset.classes.colour_map(label), 0.6)]
 
 
 def print_report(report: dict) -> None:
@@ -145,23 +143,19 @@ def print_report(report: dict) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of tools/check.py."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    folder = parser.add_mutually_exclusive_group(required=True)
-    folder.add_argument("root", metavar="ROOT", nargs="?", help="the dataset's folder")
-    folder.add_argument("--data", metavar="ROOT", help="the same")
+    parser.add_argument("root", metavar="ROOT", type=Path, help="the dataset's folder")
     parser.add_argument("--dataset", default="folder", help="folder, cityscapes or camvid (default: %(default)s)")
-    parser.add_argument("--splits", nargs="+", default=[], metavar="SPLIT", help="splits to check (default: all)")
-    parser.add_argument("--sheet", metavar="FILE", help="also write a picture of 6 images per split")
+    parser.add_argument("--sheet", metavar="FILE", help="without problems, also write a picture of 6 images per split")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Checks as the command line says; the exit status."""
     args = get_args_parser().parse_args(argv)
-    root, splits = Path(args.root or args.data), split_names("+".join(args.splits)) if args.splits else []
-    report = check(args.dataset, root, splits)
+    report = check(args.dataset, args.root)
     print_report(report)
-    if args.sheet:
-        rows = [row for split in report["splits"] for row in sheet_rows(args.dataset, root, split)]
+    if args.sheet and not report["problems"]:
+        rows = [row for split in report["splits"] for row in sheet_rows(args.dataset, args.root, split)]
         Path(args.sheet).parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(rows, ("image", "labels")).save(args.sheet)
     print(json.dumps(report), flush=True)

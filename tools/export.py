@@ -4,8 +4,9 @@
     python tools/export.py --weights best_model.pth model.pt2          # torch.export.load("model.pt2").module()
     python tools/export.py --weights best_model.pth theirs.pth --as mmseg    # a network of --variant mmseg
 
-An exported network takes RGB images, (N, H, W, 3) uint8 of any N and any H, W from 33 pixels, and gives (N, H, W) uint8
-labels, or with --output logits (N, classes, H, W) float32. Its result is compared with PyTorch's at three sizes.
+An exported network takes RGB images, (N, H, W, 3) uint8 of any N and any H, W from 33 pixels, or what model.py takes with
+--input normalised; it gives (N, H, W) uint8 labels, or (N, classes, H, W) float32 with --output logits. The names of the
+classes and the size of the training images are in the metadata of an .onnx, in metadata.json of a .pt2.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,60 +23,42 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import MEAN, STD
-from launch import OneLineParser, UsageError, exit_status, import_option
-from model import VARIANTS, CheckpointError, load_weights, save_for_peer
+from launch import OneLineParser, UsageError, exit_status
+from model import VARIANTS, CheckpointError, build_from_checkpoint, read_checkpoint, save_for_peer
 
 
 class Deployed(nn.Module):
-    """Network with its surroundings: (N, H, W, 3) uint8 RGB -> (N, H, W) uint8 labels or (N, classes, H, W) logits."""
+    """Network with its surroundings: (N, H, W, 3) uint8 RGB -> (N, H, W) uint8 labels or (N, classes, H, W) logits.
 
-    def __init__(self, model: nn.Module, output: str):
+    Where `normalised`, the input is that of the network, (N, 3, H, W) float32.
+    """
+
+    def __init__(self, model: nn.Module, output: str, normalised: bool = False):
         super().__init__()
-        self.model, self.output = model, output
+        self.model, self.output, self.normalised = model, output, normalised
         self.register_buffer("mean", torch.tensor(MEAN) * 255)
         self.register_buffer("std", torch.tensor(STD) * 255)
 
     def forward(self, images: Tensor) -> Tensor:
-        # float() comes first: some toolchains cannot transpose 8-bit tensors.
-        logits = self.model(((images.float() - self.mean) / self.std).permute(0, 3, 1, 2))
+        if not self.normalised:  # float() comes first: some toolchains cannot transpose 8-bit tensors
+            images = ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+        logits = self.model(images)
         return logits if self.output == "logits" else logits.argmax(1).to(torch.uint8)
 
 
-def exported_program(network: Deployed) -> torch.export.ExportedProgram:
-    """The network for any batch, height and width."""
+def exported_program(network: Deployed, size: Sequence[int] | None = None) -> torch.export.ExportedProgram:
+    """The network for one image of this height and width, or else for any batch, height and width."""
+    height, width = size or (72, 136)
+    batch = 1 if size else 2
+    shape = (batch, 3, height, width) if network.normalised else (batch, height, width, 3)
+    images = torch.zeros(shape, dtype=torch.float32 if network.normalised else torch.uint8)
+    if size:
+        return torch.export.export(network, (images,))
     # At 32 pixels the innermost feature map is a single pixel, which torch.export takes for a constant.
-    height, width = (torch.export.Dim(name, min=33, max=2**14) for name in ("height", "width"))
-    dynamic = {0: torch.export.Dim("batch", min=1, max=1024), 1: height, 2: width}
-    images = torch.zeros(2, 72, 136, 3, dtype=torch.uint8)
+    first = 2 if network.normalised else 1
+    dynamic = {first + i: torch.export.Dim(name, min=33, max=2**14) for i, name in enumerate(("height", "width"))}
+    dynamic[0] = torch.export.Dim("batch", min=1, max=1024)
     return torch.export.export(network, (images,), dynamic_shapes={"images": dynamic})
-
-
-def write(program: torch.export.ExportedProgram, path: Path, output: str) -> None:
-    """Writes .pt2 or .onnx; `output` is the name of the result in ONNX."""
-    if path.suffix == ".pt2":
-        torch.export.save(program, path)
-    else:
-        torch.onnx.export(program, input_names=["images"], output_names=[output], verbose=False).save(path)
-
-
-def load(path: Path) -> Callable[[Tensor], Tensor]:
-    """A written network as its runtime runs it. Raises UsageError where that is not installed."""
-    if path.suffix == ".pt2":
-        return torch.export.load(path).module()
-    runtime = import_option("onnxruntime", "the comparison with PyTorch")
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
-@torch.inference_mode()
-def agreement(run: Callable[[Tensor], Tensor], network: Deployed) -> float:
-    """The least share, of three image sizes, of values in which an exported network agrees with PyTorch."""
-    shares = []
-    for shape in ((1, 64, 96), (2, 97, 131), (1, 256, 512)):
-        images = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        close = torch.isclose(run(images).float(), network(images).float(), rtol=1e-3, atol=1e-3)
-        shares.append(close.float().mean().item())
-    return min(shares)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -85,6 +68,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("file", type=Path, help="the file to write: .onnx, .pt2 (torch.export), or .pth with --as")
     add("--weights", required=True, metavar="FILE", help="checkpoint of train.py or of another project")
     add("--output", choices=("labels", "logits"), default="labels", help="of an exported network (default: labels)")
+    add("--input", choices=("uint8", "normalised"), default="uint8", help="of an exported network (default: uint8)")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="export for one image of this size (default: for any)")
     add("--as", dest="variant", choices=[name for name in VARIANTS if name != "paper"],
         help="write the weights under the names of this project; the network must be of this variant")  # fmt: skip
     return parser
@@ -95,10 +80,12 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     if args.file.suffix not in ((".pth",) if args.variant else (".onnx", ".pt2")):
         raise UsageError(f"{args.file} has the suffix {args.file.suffix!r}, expected .onnx, .pt2, or .pth with --as")
+    if args.variant and (args.output, args.input, args.size) != ("labels", "uint8", None):
+        raise UsageError("--as writes weights alone: leave out --output, --input and --size")
     if args.file.suffix == ".onnx":
-        for package in ("onnx", "onnxscript"):
-            import_option(package, "export to ONNX")
-    model = load_weights(args.weights).requires_grad_(False)
+        import onnxscript  # noqa: F401 - rather now than after the work
+    checkpoint = read_checkpoint(args.weights)
+    model = build_from_checkpoint(checkpoint, args.weights).requires_grad_(False)
     args.file.parent.mkdir(parents=True, exist_ok=True)
     result = {"file": str(args.file), "weights": args.weights, "variant": model.args["variant"]}
     if args.variant:
@@ -106,13 +93,16 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError(f"{args.weights} is of variant {result['variant']}; train with --variant {args.variant}")
         save_for_peer(model, args.file, args.variant)
     else:
-        network = Deployed(model, args.output).eval()
-        write(exported_program(network), args.file, network.output)
-        try:
-            result["agreement"] = round(agreement(load(args.file), network), 6)
-            print(f"agrees with PyTorch in {result['agreement']:.2%} of the values, at three sizes")
-        except UsageError as error:
-            print(f"not compared with PyTorch: {error}")
+        network = Deployed(model, args.output, args.input == "normalised").eval()
+        program = exported_program(network, args.size)
+        metadata = {"classes": checkpoint.get("classes"), "image_hw": checkpoint.get("image_hw")}
+        if args.file.suffix == ".pt2":
+            torch.export.save(program, args.file, extra_files={"metadata.json": json.dumps(metadata)})
+        else:
+            names = {"input_names": ["images"], "output_names": [args.output]}
+            onnx_program = torch.onnx.export(program, **names, verbose=False)
+            onnx_program.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
+            onnx_program.save(args.file)
     print(f"wrote {args.file}")
     print(json.dumps(result))
 

@@ -11,14 +11,12 @@ install "av>=17.1". The last line on stdout is one JSON object.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import re
 import signal
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,17 +31,22 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+try:
+    import av
+except ModuleNotFoundError:  # only video needs it
+    av = None
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import CAMVID, CITYSCAPES, IMAGE_SUFFIXES, Classes, DataError, read_image
-from launch import OneLineParser, UsageError, exit_status, gathered, import_option, start_processes
+from launch import AMP_DTYPES, OneLineParser, UsageError, exit_status, gathered, start_processes
 from model import MIN_SIZE, CheckpointError, build_from_checkpoint, read_checkpoint
 from ops_ext import accelerate
 
-STYLES = ("overlay", "colour", "labels")
 VIDEO_SUFFIXES = tuple(".mp4 .mov .m4v .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .y4m".split())
-RESULT = re.compile(rf"\.\w+_({'|'.join(STYLES)})\.(png|mp4|mkv)$")  # names that this script gives
-PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
+SUPPORTED = f"supported are {' '.join(SUFFIXES)}"
+RESULT = re.compile(r"\.\w+_(overlay|labels)\.(png|mp4)$")  # names that this script gives
 BT709, BT601 = 1, 6  # FFmpeg's numbers of the two common YUV matrices
 MATRICES = {BT709, 4, 5, BT601, 7, 9}  # those that FFmpeg converts; the others mean unknown, or RGB
 
@@ -56,8 +59,8 @@ class Painter:
     """How label maps are shown."""
 
     classes: Classes
-    style: str = "overlay"  # colours over the image, "colour" for colours alone, "labels" for train ids
-    strength: float = 0.4  # of an overlay's colours, in [0, 1]
+    style: str = "overlay"  # colours over the image, or "labels" for train ids
+    strength: float = 0.4  # of the colours over the image, in [0, 1]
     legend: bool = True  # below images
 
     def paint(self, image: Image.Image, label: np.ndarray) -> Image.Image:
@@ -66,9 +69,7 @@ class Painter:
             painted = Image.fromarray(label)
             painted.putpalette(self.classes.palette().tobytes())  # viewers show colours, programs read train ids
             return painted
-        painted = self.classes.colour_map(label)
-        if self.style == "overlay":
-            painted = Image.blend(image, painted, self.strength)
+        painted = Image.blend(image, self.classes.colour_map(label), self.strength)
         if self.legend:
             strip = legend(self.classes, painted.width, np.unique(label))
             painted = Image.fromarray(np.concatenate([painted, strip]))
@@ -98,11 +99,10 @@ def legend(classes: Classes, width: int, labels: Iterable[int]) -> Image.Image:
 
 def first_frame(path: Path):
     """The first frame of a video, with a matrix. Raises DataError for a file without video."""
-    with import_option("av", "video").open(path) as container:
+    with av.open(path) as container:
         frame = next(container.decode(video=0), None) if container.streams.video else None
     if frame is None:
         raise DataError(f"{path}: holds no video")
-    check_size(path, frame.width, frame.height)
     return with_matrix(frame)
 
 
@@ -113,10 +113,9 @@ def with_matrix(frame):
     return frame
 
 
-def painted_size(first, style: str) -> tuple[int, int]:
-    """Width and height of the painted frames before they are turned: the first frame's, made even as 4:2:0 needs."""
-    width, height = first.width, first.height
-    return (width, height) if style == "labels" else (width + width % 2, height + height % 2)
+def even_size(frame) -> tuple[int, int]:
+    """Width and height of a frame, made even as 4:2:0 needs."""
+    return frame.width + frame.width % 2, frame.height + frame.height % 2
 
 
 def planes(frame) -> list[np.ndarray]:
@@ -129,24 +128,19 @@ def yuv_colours(painter: Painter, first) -> np.ndarray:
     frame = type(first).from_ndarray(painter.classes.palette()[None], format="rgb24")
     options = {"dst_colorspace": first.colorspace, "dst_color_range": first.color_range}
     colours = frame.to_ndarray(format="yuv444p", **options)[:, 0].astype(int)
-    strength = painter.strength if painter.style == "overlay" else 1.0
-    return (round(256 * strength) * colours + 128).astype(np.uint16)
+    return (round(256 * painter.strength) * colours + 128).astype(np.uint16)
 
 
-def add_streams(sink, container, first, style: str) -> tuple:
+def add_streams(sink, container, first) -> tuple:
     """The video stream of `sink`, and its streams of sound by their indices in `container`.
 
-    Sound is copied where the file format takes it. Colours are tagged as those of the first frame.
+    Sound is copied where MP4 takes it. Colours are tagged as those of the first frame.
     """
-    source = container.streams.video[0]
-    labels = style == "labels"
-    options = {} if labels else {"preset": "ultrafast", "crf": "23"}
-    video = sink.add_stream("ffv1" if labels else "libx264", rate=source.average_rate or 25, options=options)
-    size = painted_size(first, style)
+    source, size = container.streams.video[0], even_size(first)
+    options = {"preset": "ultrafast", "crf": "23"}
+    video = sink.add_stream("libx264", rate=source.average_rate or 25, options=options)
     video.width, video.height = size[::-1] if round(first.rotation / 90) % 2 else size
-    video.pix_fmt, video.codec_context.time_base = "gray" if labels else "yuv420p", source.time_base
-    if labels:
-        return video, {}
+    video.pix_fmt, video.codec_context.time_base = "yuv420p", source.time_base
     for tag in ("colorspace", "color_range", "color_primaries", "color_trc"):
         setattr(video.codec_context, tag, getattr(first, tag))
     sound = {}
@@ -160,7 +154,7 @@ def add_streams(sink, container, first, style: str) -> tuple:
 
 def demux_frames(container, sink, sound: dict) -> Iterator:
     """Yields the frames of a video, at increasing times, and copies packets of sound to `sink` on the way."""
-    av, video = import_option("av", "video"), container.streams.video[0]
+    video = container.streams.video[0]
     video.thread_type = "AUTO"
     damaged, last, step = 0, None, 1 / (video.average_rate or 25) / video.time_base
     for packet in container.demux():
@@ -205,59 +199,53 @@ class Predictor:
 
     segment: Callable[[Tensor], Tensor]  # of ops_ext.accelerate
     painter: Painter
-    image_hw: tuple[int, int] | None  # size of the training images: others are resized to as many pixels; None: not
+    image_hw: Sequence[int] | None  # size of the training images: others are resized to as many pixels; None: not
     threads: int
-    lock: contextlib.AbstractContextManager  # around the network; an accelerator runs one image at a time
     progress: bool
 
     def segment_image(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 RGB -> (H, W) uint8 label map, which the network makes of the resized image."""
         height, width = image.shape[:2]
-        if self.image_hw:
-            scale = math.sqrt(math.prod(self.image_hw) / (height * width))
-            size = [max(MIN_SIZE, round(side * scale)) for side in (width, height)]
+        scale = math.sqrt(math.prod(self.image_hw) / (height * width)) if self.image_hw else 1.0
+        size = [max(MIN_SIZE, round(side * scale)) for side in (width, height)]
+        if size != [width, height]:
             image = np.array(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-        with self.lock:
-            return self.segment(torch.from_numpy(image)[None], (height, width))[0].cpu().numpy()
+        return self.segment(torch.from_numpy(image)[None], (height, width))[0].cpu().numpy()
 
     def segment_picture(self, paths: tuple[Path, Path]) -> None:
         """Image file to image file."""
         source, target = paths
         image = read_image(source)
-        check_size(source, *image.size)
         painted = self.painter.paint(image, self.segment_image(np.array(image)))
-        with complete_file(target) as unfinished:
-            painted.save(unfinished, "PNG", compress_level=1)  # a quarter of the time for a tenth more bytes
+        target.parent.mkdir(parents=True, exist_ok=True)
+        painted.save(target, compress_level=1)  # a quarter of the time for a tenth more bytes
 
     def segment_frame(self, frame, first, colours: np.ndarray):
         """A decoded frame -> the painted frame, upright; `colours` are `yuv_colours`."""
         turns = round(first.rotation / 90)  # to the left
-        frame = with_matrix(frame).reformat(*painted_size(first, self.painter.style), format="yuv420p")
+        frame = with_matrix(frame).reformat(*even_size(first), format="yuv420p")
         label = self.segment_image(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns)))
-        if self.painter.style == "labels":
-            painted = type(frame).from_ndarray(label, format="gray")
-        else:
-            painted = type(frame)(label.shape[1], label.shape[0], "yuv420p")
-            strength = self.painter.strength if self.painter.style == "overlay" else 1.0
-            keep = np.uint16(256 - round(256 * strength))
-            for i, (source, target) in enumerate(zip(planes(frame), planes(painted))):
-                step = 2 if i else 1  # U and V have half the resolution
-                mixed = np.multiply(np.rot90(source, turns), keep, dtype=np.uint16)
-                mixed += colours[i].take(label[::step, ::step])
-                target[:] = mixed >> 8
+        painted = type(frame)(label.shape[1], label.shape[0], "yuv420p")
+        keep = np.uint16(256 - round(256 * self.painter.strength))
+        for i, (source, target) in enumerate(zip(planes(frame), planes(painted))):
+            step = 2 if i else 1  # U and V have half the resolution
+            mixed = np.multiply(np.rot90(source, turns), keep, dtype=np.uint16)
+            mixed += colours[i].take(label[::step, ::step])
+            target[:] = mixed >> 8
         painted.pts, painted.time_base = frame.pts, frame.time_base
         return painted
 
     def segment_video(self, source: Path, target: Path) -> int:
         """Video file to video file; the number of frames."""
-        av, style, count = import_option("av", "video"), self.painter.style, 0
+        count = 0
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             first = first_frame(source)
-            with av.open(source) as container, complete_file(target) as unfinished:
+            with av.open(source) as container:
                 # Recordings may start at any time; "unofficial" allows, for instance, MP3 of 8 kHz.
                 options = {"output_ts_offset": f"{-(container.start_time or 0)}us", "strict": "unofficial"}
-                with av.open(unfinished, "w", "matroska" if style == "labels" else "mp4", options) as sink:
-                    video, sound = add_streams(sink, container, first, style)
+                with av.open(target, "w", "mp4", options) as sink:
+                    video, sound = add_streams(sink, container, first)
                     frames = demux_frames(container, sink, sound)
                     segment = partial(self.segment_frame, first=first, colours=yuv_colours(self.painter, first))
                     done = in_order(segment, frames, self.threads)
@@ -269,13 +257,9 @@ class Predictor:
                     if count < 0.9 * total and "mp4" in container.format.name:  # AVI's numbers may be wrong
                         report(f"{source}: damaged, it ends after {count} of {total} frames")
         except av.FFmpegError as error:
+            target.unlink(missing_ok=True)
             raise DataError(f"{source}: cannot be segmented ({error.strerror}); convert it, or leave it out") from None
         return count
-
-
-def check_size(path: Path, width: int, height: int) -> None:
-    if min(width, height) < MIN_SIZE:
-        raise DataError(f"{path}: {width}x{height} pixels, expected at least {MIN_SIZE}x{MIN_SIZE}; enlarge it")
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -284,15 +268,17 @@ def check_size(path: Path, width: int, height: int) -> None:
 def find_files(paths: Sequence[str], out: Path, style: str) -> tuple[list[tuple[Path, Path]], list[tuple[Path, Path]]]:
     """Images and videos at or below `paths`, each with the file below `out` that it becomes."""
     images, videos, sources = [], [], {}
-    for given in map(Path, paths):
+    for given in (Path(path).expanduser() for path in paths):
         if not given.exists():
             raise FileNotFoundError(f"{given}: no such image, video or folder")
+        if given.is_file() and given.suffix.lower() not in SUFFIXES:
+            raise UsageError(f"{given}: {given.suffix or 'no suffix'} is not read, export it as JPEG; {SUPPORTED}")
         files, root = (files_below(given), given) if given.is_dir() else ([given], given.parent)
         for file in files:
             is_video = file.suffix.lower() in VIDEO_SUFFIXES
-            suffix = ".png" if not is_video else ".mkv" if style == "labels" else ".mp4"
             # The file's own suffix stays in the name: the results of a.jpg and a.png must differ.
-            target = out / file.relative_to(root).with_name(f"{file.name}_{style}{suffix}")
+            name = f"{file.name}_{style}{'.mp4' if is_video else '.png'}"
+            target = out / file.relative_to(root).with_name(name)
             if target in sources:
                 raise UsageError(f"{sources[target]} and {file} would both become {target}; give one another --out")
             sources[target] = file
@@ -307,27 +293,16 @@ def files_below(folder: Path) -> list[Path]:
         suffix = path.suffix.lower()
         if RESULT.search(path.name) or not path.is_file():
             continue
-        if suffix in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
+        if suffix in SUFFIXES:
             files.append(path)
         else:
             left_out[suffix or "without suffix"] += 1
+    others = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common()) or "nothing"
     if not files:
-        raise DataError(f"{folder}: no images or videos; supported are {' '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)}")
+        raise DataError(f"{folder}: no images or videos, but {others}; {SUPPORTED}")
     if left_out and os.environ.get("RANK", "0") == "0":
-        report(f"{folder}: left out {', '.join(f'{count} {suffix}' for suffix, count in left_out.most_common())}")
+        report(f"{folder}: left out {others}")
     return files
-
-
-@contextlib.contextmanager
-def complete_file(target: Path) -> Iterator[Path]:
-    """A path to write to, which gets its name at the end, so that half a file never looks complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.unfinished")
-    try:
-        yield unfinished
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def successes(calls: Iterable[Callable]) -> list:
@@ -356,13 +331,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--weights", required=True, metavar="FILE",
         help="checkpoint of train.py, or of Tramac, SegmenTron, MMSegmentation")  # fmt: skip
     add("--out", type=Path, default="runs/predictions", metavar="DIR", help="folder to write to (default: %(default)s)")
-    add("--style", choices=STYLES, default="overlay",
-        help="colours over the image; colours alone; or train ids, lossless (default: %(default)s)")  # fmt: skip
-    add("--strength", type=float, default=0.4, help="of an overlay's colours, 0 to 1 (default: %(default)s)")
+    add("--style", choices=("overlay", "labels"), default="overlay",
+        help="colours over the image, or a palette image of train ids (default: %(default)s)")  # fmt: skip
+    add("--strength", type=float, default=0.4, help="of the overlay; 1 is colours alone (default: %(default)s)")
     add("--legend", action=argparse.BooleanOptionalAction, default=True, help="name the colours below each image")
     add("--resize", action=argparse.BooleanOptionalAction, default=True,
         help="give the network images of as many pixels as those that it was trained on")  # fmt: skip
-    add("--amp", choices=PRECISIONS, default="auto",
+    add("--amp", choices=("auto", *AMP_DTYPES), default="auto",
         help="precision of the convolutions; auto is the fastest, off is float32 (default: %(default)s)")  # fmt: skip
     add("--device", help="cpu, cuda, ... (default: the machine's accelerator, or else the CPU)")
     return parser
@@ -375,24 +350,28 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--strength is {args.strength}, expected 0 to 1")
     images, videos = find_files(args.paths, args.out, args.style)
     if videos:
-        import_option("av", "video")
+        if av is None:
+            raise UsageError('video needs the package av: pip install "av>=17.1"')
+        if args.style == "labels":
+            raise UsageError(f"--style labels is for images: ffmpeg -i {videos[0][0]} %06d.png makes images of a video")
     checkpoint = read_checkpoint(args.weights)
     # A peer's weights have no class names; 19 classes are those of Cityscapes.
     classes = Classes.from_dict(checkpoint["classes"]) if "classes" in checkpoint else CITYSCAPES
     model = build_from_checkpoint(checkpoint, args.weights, len(classes.names))
     known = {CITYSCAPES.names: (1024, 2048), CAMVID.names: (360, 480)}  # for files that do not tell
     image_hw = checkpoint.get("image_hw", known.get(classes.names)) if args.resize else None
+    Image.MAX_IMAGE_PIXELS = None  # the user chose the pictures
     device, rank, world_size = start_processes(args.device, timeout_minutes=24 * 60)  # some get the longer videos
 
     # On the CPU, a thread for each image is faster than several threads for one.
     threads = min(torch.get_num_threads(), 8)  # each holds an image: more mostly fill the memory
     torch.set_num_threads(1)
+    precision = None if args.amp == "auto" else AMP_DTYPES[args.amp] or torch.float32
     predictor = Predictor(
-        segment=accelerate(model, device=device, precision=PRECISIONS[args.amp]),
+        segment=accelerate(model, device=device, precision=precision),
         painter=Painter(classes, args.style, args.strength, args.legend),
         image_hw=image_hw,
         threads=threads,
-        lock=contextlib.nullcontext() if device.type == "cpu" else threading.Lock(),
         progress=rank == 0 and sys.stderr.isatty(),
     )
     share = images[rank::world_size]
@@ -407,14 +386,14 @@ def main(argv: list[str] | None = None) -> int:
     failed = len(images) + len(videos) - len(written) - len(frames)
     if rank == 0:
         scale = "{}x{} pixels, as it was trained on".format(*image_hw) if image_hw else "their own size"
-        print(f"wrote {len(written)} images and {len(frames)} videos to {args.out}; the network saw them at {scale}")
-        if failed:
-            print(f"{failed} files failed, see above")
+        failures = f"{failed} files failed, see above; " if failed else ""
+        wrote = f"{failures}wrote {len(written)} images and {len(frames)} videos to {args.out}"
+        print(f"{wrote}; the network saw them at {scale}")
         result = {"images": len(written), "videos": len(frames), "frames": sum(frames)}
         print(json.dumps({**result, "out": str(args.out), "style": args.style, "fps": fps}), flush=True)
     return 2 if failed else 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that no half file is left
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that a video ends well
     sys.exit(exit_status(main, (DataError, CheckpointError)))

@@ -53,10 +53,10 @@ img { display: block; width: 100%; border-radius: 3px }
 .key b { display: block; color: var(--ink); font-size: 1.9rem; line-height: 1.25 }
 svg { display: block; width: 100%; font-size: 12px; fill: var(--muted) }
 svg line { stroke: var(--line) }
-svg path { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
-.blue { color: var(--blue); --hue: var(--blue) }
-.orange { color: var(--orange); --hue: var(--orange) }
-figcaption i, th i { display: inline-block; width: .75em; height: .75em; margin-right: .5em; background: currentColor }
+svg path { fill: none; stroke: var(--blue); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
+.blue { --hue: var(--blue) }
+.orange { --hue: var(--orange) }
+th i { display: inline-block; width: .75em; height: .75em; margin-right: .5em; background: currentColor }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; overflow-wrap: normal }
 th { font-weight: 400; white-space: nowrap }
@@ -83,11 +83,11 @@ th { font-weight: 400; white-space: nowrap }
 
 
 def read_curves(log: Path) -> dict[str, np.ndarray]:
-    """loss over the steps, miou and pixel_accuracy over the epochs: (n, 2) float64 each, from a metrics.jsonl.
+    """loss over the steps and miou over the epochs: (n, 2) float64 each, from a metrics.jsonl.
 
     Of several records of a step or an epoch the last one counts: a resumed run repeats what came after its checkpoint.
     """
-    values: dict[str, dict[int, float | None]] = {"loss": {}, "miou": {}, "pixel_accuracy": {}}
+    values: dict[str, dict[int, float | None]] = {"loss": {}, "miou": {}}
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
@@ -106,10 +106,10 @@ def ticks(end: float) -> list[float]:
     return [step * i for i in range(int(end / step + 1e-9) + 1)]
 
 
-def chart(curves: dict[str, np.ndarray], top: float, x_title: str) -> str:
-    """Up to two curves, {caption: (n, 2) points}, as SVG over axes that start at 0; values above `top` are cut."""
+def chart(curve: np.ndarray, top: float, x_title: str, caption: str) -> str:
+    """(n, 2) points as SVG over axes that start at 0; values above `top` are cut."""
     left, right, upper, lower = 44, 456, 8, 206
-    last = max(1, *(curve[-1, 0] for curve in curves.values()))
+    last = max(1, curve[-1, 0])
     parts = [f'<text x="{(left + right) / 2}" y="{lower + 38}" text-anchor="middle">{x_title}</text>']
     for value in ticks(top):
         y = lower - (lower - upper) * value / top
@@ -119,32 +119,26 @@ def chart(curves: dict[str, np.ndarray], top: float, x_title: str) -> str:
         if value <= last:
             x = left + (right - left) * value / last
             parts.append(f'<text x="{x:.1f}" y="{lower + 18}" text-anchor="middle">{value:,.0f}</text>')
-    legend = []
-    for colour, (caption, curve) in zip(("blue", "orange"), curves.items()):
-        x = left + (right - left) * curve[:, 0] / last
-        y = lower - (lower - upper) * np.minimum(curve[:, 1], top) / top
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
-        parts.append(f'<path class="{colour}" d="M{path}h0"/>')  # h0: a single point becomes a dot
-        legend.append(f'<div><i class="{colour}"></i>{caption}</div>')
+    x = left + (right - left) * curve[:, 0] / last
+    y = lower - (lower - upper) * np.minimum(curve[:, 1], top) / top
+    path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
+    parts.append(f'<path d="M{path}h0"/>')  # h0: a single point becomes a dot
     svg = f'<svg viewBox="0 0 480 250" role="img">{"".join(parts)}</svg>'
-    return f"<figure>{svg}<figcaption>{''.join(legend)}</figcaption></figure>"
+    return f"<figure>{svg}<figcaption>{caption}</figcaption></figure>"
 
 
 def training_curves(log: Path) -> str:
-    """The charts of a run: its loss, as medians of up to 100 parts; its mIoU and pixel accuracy in per cent."""
-    curves = read_curves(log) if log.is_file() else {}
-    charts = []
+    """The charts of a run: its loss, as medians of up to 100 parts, and its mIoU in per cent."""
+    curves, charts = read_curves(log) if log.is_file() else {}, []
     if len(loss := curves.get("loss", ())):
         parts = np.array_split(loss, min(len(loss), 100))
         medians = np.array([np.median(part, axis=0) for part in parts])
         caption = f"training loss, median: last {medians[-1, 1]:.4g}"
-        charts.append(chart({caption: medians}, 1.05 * medians[:, 1].max(), "step"))
-    if len(curves.get("miou", ())):
-        scores = {}
-        for title, name in (("mIoU", "miou"), ("pixel accuracy", "pixel_accuracy")):
-            epoch, best = max(curves[name], key=lambda point: point[1])
-            scores[f"{title}, %: best {100 * best:.2f} in epoch {epoch:.0f}"] = curves[name] * (1, 100)
-        charts.append(chart(scores, 100, "epoch"))
+        charts.append(chart(medians, 1.05 * medians[:, 1].max(), "step", caption))
+    if len(miou := curves.get("miou", ())):
+        epoch, best = max(miou, key=lambda point: point[1])
+        caption = f"validation mIoU, %: best {100 * best:.2f} in epoch {epoch:.0f}"
+        charts.append(chart(miou * (1, 100), 100, "epoch", caption))
     nothing = "<p>No curves: the weights are not in the checkpoints folder of a run that has logs/metrics.jsonl.</p>"
     return f'<div class="charts">{"".join(charts) or nothing}</div>'
 
@@ -252,7 +246,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_protocol_flags(parser)
     parser.add_argument("--out", metavar="FILE", default="runs/report.html", help="the page (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=6, metavar="N", help="worst images shown (default: %(default)s)")
     return parser
 
 
@@ -273,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     if rank != 0:
         return
     classes, confusion, worst = dataset.classes, scores.confusion.numpy(), []
-    for accuracy, miou, index in sorted(accuracies)[: args.images]:
+    for accuracy, miou, index in sorted(accuracies)[:6]:
         image, label = dataset[index]
         tiles = pictures(image, label, segment(image[None])[0], classes)
         worst.append((str(dataset.samples[index].image.relative_to(args.data)), accuracy, miou, tiles))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,18 +113,6 @@ class FusedFastSCNN:
         buffers = self.buffers(images)
         self.run(images, buffers)
         return buffers.scores[:, : self.classes].clone()
-
-    def stages(self, images: Tensor) -> dict[str, Callable[[], object]]:
-        """The parts of a call by name, each of which may be called again and again."""
-        buffers = self.buffers(images)
-        self.run(images, buffers)
-        return {
-            "learning to downsample": lambda: self._downsample(images, buffers),
-            "bottlenecks": lambda: self._bottlenecks(buffers),
-            "pyramid pooling": lambda: self._pool(buffers),
-            "fusion and classifier": lambda: self._classify(buffers),
-            "labels": lambda: self._labels(buffers, images.shape[1:3]),
-        }
 
     def run(self, images: Tensor, buffers: Buffers) -> None:
         """Fills the buffers, from detail to scores."""
