@@ -75,7 +75,7 @@ command=${1:-main}
 [ $# -eq 0 ] || shift
 case $command in
   main) set_up requirements.txt; "$python" -m ops_ext || true; main_job ;;
-  test) set_up tests/requirements.txt; "$python" -m ops_ext || true; "$python" -m pytest tests "$@" ;;
+  test) set_up tests/requirements.txt; "$python" -m ops_ext || true; "$python" -m pytest tests -n 2 "$@" ;;
   train) set_up requirements.txt; train "$@" ;;
   eval) set_up requirements.txt; "$python" eval.py "$@" ;;
   predict | check | report | export) set_up requirements.txt; "$python" "tools/$command.py" "$@" ;;

@@ -621,7 +621,7 @@ def log_steps(run: Run, epoch: int, step: int, results: list[Tensor], seconds: f
         f"loss {math.nan if mean_loss is None else mean_loss:.4f}  lr {lr:.5f}  "
         f"{images_per_s:.1f} images/s  left {left}" + (f"  skipped {skipped} steps" if skipped else "")
     )
-    figures = {"loss": mean_loss, "lr": lr, "images_per_s": images_per_s, "skipped": skipped}
+    figures = {"loss": mean_loss, "lr": lr, "images_per_s": images_per_s, "seconds": seconds, "skipped": skipped}
     log.record(kind="train", epoch=epoch, step=step, **figures)
     if run.skipped_in_a_row >= MAX_SKIPPED:
         raise UsageError(

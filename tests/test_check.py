@@ -18,7 +18,7 @@ def test_counts_by_hand(folder_dataset):
     label[:24] = 255
     Image.fromarray(label).save(folder_dataset / "labels/train/0.png")
     report = check("folder", folder_dataset)
-    assert report["problems"] == [] == report["notes"] and list(report["splits"]) == ["train", "val"]
+    assert report["problems"] == [] and list(report["splits"]) == ["train", "val"]
     train = report["splits"]["train"]
     assert (train["images"], train["sizes"], train["unlabelled"]) == (2, {"64x48": 2}, 0.25)
     assert train["classes"] == {"left": 20 / 64, "middle": 20 / 64, "right": 24 / 64}
@@ -64,12 +64,10 @@ def test_a_missing_split_and_an_absent_class_are_problems(folder_dataset):
 
 def test_a_problem_with_one_split_does_not_hide_the_others(folder_dataset):
     (folder_dataset / "images/val/0.jpg").write_bytes((folder_dataset / "images/val/0.png").read_bytes())
-    (folder_dataset / "images/notes").mkdir()
     (folder_dataset / "images/.ipynb_checkpoints").mkdir()
     report = check("folder", folder_dataset)
-    assert list(report["splits"]) == ["train"] and len(report["problems"]) == len(report["notes"]) == 1
+    assert list(report["splits"]) == ["train"] and len(report["problems"]) == 1
     assert "images/val/0.png: has the same name as" in report["problems"][0]
-    assert "images/notes: no images" in report["notes"][0]
 
 
 def test_pictures_in_one_folder_are_checked_as_two_splits(folder_dataset):
@@ -79,7 +77,6 @@ def test_pictures_in_one_folder_are_checked_as_two_splits(folder_dataset):
         shutil.rmtree(folder_dataset / kind / "train"), shutil.rmtree(folder_dataset / kind / "val")
     report = check("folder", folder_dataset)
     assert [report["splits"][split]["images"] for split in ("train", "val")] == [2, 1] and report["problems"] == []
-    assert report["notes"] == ["no folders in images: the last fifth of the sorted names is split val, the rest train"]
 
 
 def test_the_table_shows_what_each_value_means(folder_dataset, capsys):
@@ -97,19 +94,17 @@ def test_the_table_shows_what_each_value_means(folder_dataset, capsys):
     ] in rows  # 44 and 20 columns of 64
 
 
-def test_a_split_without_labels_is_one_note(folder_dataset):
+def test_a_test_split_may_lack_labels(folder_dataset):
     (folder_dataset / "images/test").mkdir()
     for name in ("0", "1"):
         Image.new("RGB", (64, 48), (int(name), 7, 7)).save(folder_dataset / f"images/test/{name}.png")
-    report = check("folder", folder_dataset)
-    (note,) = report["notes"]
-    assert f"images/test/0.png: no file of this name in {folder_dataset / 'labels/test'}" in note
+    assert check("folder", folder_dataset)["problems"] == []
     (folder_dataset / "labels/test").mkdir()
     for name in ("0", "1"):  # as in Cityscapes
         Image.new("L", (64, 48), 255).save(folder_dataset / f"labels/test/{name}.png")
     report = check("folder", folder_dataset)
     assert report["problems"] == []
-    assert len(report["notes"]) == 1 and report["notes"][0].startswith("test: no pixel has a label; label some")
+    assert report["splits"]["test"]["unlabelled"] == 1
     for name in ("0", "1"):
         Image.new("L", (64, 48), 255).save(folder_dataset / f"labels/train/{name}.png")
     assert check("folder", folder_dataset)["problems"][0].startswith("train: no pixel has a label")

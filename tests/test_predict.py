@@ -18,7 +18,7 @@ from data import CAMVID, Classes, DataError
 from launch import exit_status
 from model import CheckpointError, FastSCNN, load_weights, save_for_peer
 from ops_ext import accelerate
-from tools.predict import Painter, Predictor, in_order, legend, planes, with_matrix, yuv_colours
+from tools.predict import Painter, Predictor, in_order, legend, planes, yuv_colours
 
 WEIGHTS = ROOT / "weights/camvid.pth"
 
@@ -321,7 +321,7 @@ def test_colours_are_mixed_in_the_matrix_and_range_of_the_video(matrix, kr, kb, 
     for strength in (0.0, 0.3, 1.0):
         painter = Painter(CAMVID, strength=strength)
         predictor = Predictor(lambda *_: torch.from_numpy(label)[None], painter, None, 1, False)
-        painted = planes(predictor.segment_frame(frame, with_matrix(frame), yuv_colours(painter, frame)))
+        painted = planes(predictor.segment_frame(frame, frame, yuv_colours(painter, frame)))
         for got, before, after in zip(painted, given, full):
             error = np.abs(got - ((1 - strength) * before + strength * after)).max()
             assert error <= (0 if strength == 0 else 1.6), strength

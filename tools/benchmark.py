@@ -39,21 +39,21 @@ Segment = Callable[[Tensor], Tensor]  # from (N, H, W, 3) uint8 RGB to (N, H, W)
 
 
 class ImagesToLabels(nn.Module):
-    """The network in plain PyTorch, a Segment; its input is (N, 3, H, W) in channels_last, or else in planes."""
+    """The network in plain PyTorch, a Segment."""
 
-    def __init__(self, model: FastSCNN, planes: bool = False):
+    def __init__(self, model: FastSCNN):
         super().__init__()
-        self.model, self.planes = copy.deepcopy(model).eval().requires_grad_(False), planes
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.register_buffer("shift", torch.tensor(MEAN).view(3, 1, 1) * 255)
         self.register_buffer("scale", 1 / (torch.tensor(STD).view(3, 1, 1) * 255))
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = (images.permute(0, 3, 1, 2) - self.shift) * self.scale  # (N, 3, H, W)
-        return self.model(pixels.contiguous() if self.planes else pixels).argmax(1).to(torch.uint8)
+        pixels = (images.permute(0, 3, 1, 2).contiguous() - self.shift) * self.scale  # (N, 3, H, W)
+        return self.model(pixels).argmax(1).to(torch.uint8)
 
 
-def in_pytorch(model: FastSCNN, images: Tensor, device, *, planes=False, compile_mode="", bf16=False) -> Segment:
-    network = ImagesToLabels(model, planes).to(device)
+def in_pytorch(model: FastSCNN, images: Tensor, device, *, compile_mode="", bf16=False) -> Segment:
+    network = ImagesToLabels(model).to(device)
     if compile_mode:
         network = torch.compile(network, mode=compile_mode, dynamic=False)
 
@@ -64,35 +64,28 @@ def in_pytorch(model: FastSCNN, images: Tensor, device, *, planes=False, compile
     return segment
 
 
-def onnx_model(model: FastSCNN, images: Tensor) -> bytes:
-    """The network for images of this size, as the content of an ONNX file."""
-    network = ImagesToLabels(model).eval()
-    program = torch.onnx.export(network, (images,), input_names=["images"], dynamo=True, verbose=False)
-    return program.model_proto.SerializeToString()
-
-
 def in_onnxruntime(model: FastSCNN, images: Tensor, device) -> Segment:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
+    network = ImagesToLabels(model).eval()
+    program = torch.onnx.export(network, (images,), input_names=["images"], dynamo=True, verbose=False)
+    content, options = program.model_proto.SerializeToString(), onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(onnx_model(model, images), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 def in_openvino(model: FastSCNN, images: Tensor, device, *, precision="f32") -> Segment:
-    from openvino import Core
+    import openvino
 
-    hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-    hints["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
-    core = Core()
-    network = core.compile_model(core.read_model(onnx_model(model, images)), "CPU", hints)
+    hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    converted = openvino.convert_model(ImagesToLabels(model).eval(), example_input=images, input=list(images.shape))
+    network = openvino.Core().compile_model(converted, "CPU", {"PERFORMANCE_HINT": "LATENCY", **hints})
     return lambda images: torch.from_numpy(network([images.numpy()])[0])
 
 
 RUNTIMES = {  # each makes a Segment of a network, for images of one size
-    "eager": functools.partial(in_pytorch, planes=True),
-    "channels_last": in_pytorch,
+    "eager": in_pytorch,
     "compile": functools.partial(in_pytorch, compile_mode="default"),
     "max-autotune-bf16": functools.partial(in_pytorch, compile_mode="max-autotune", bf16=True),
     "onnxruntime": in_onnxruntime,
@@ -108,8 +101,8 @@ def latency_ms(segment: Segment, images: Tensor, repeats: int) -> dict[str, floa
         start = time.perf_counter()
         segment(images).cpu()  # the copy waits for the device
         times.append(1000 * (time.perf_counter() - start))
-    percentiles = {"median": 50, "p95": 95, "min": 0}
-    return {name: round(float(np.percentile(times[WARMUP:], each)), 3) for name, each in percentiles.items()}
+    figures = zip(("median", "p95", "min"), np.percentile(times[WARMUP:], (50, 95, 0)))
+    return {name: round(float(ms), 3) for name, ms in figures}
 
 
 def time_inference(args: argparse.Namespace) -> dict:

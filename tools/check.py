@@ -33,26 +33,23 @@ from model import MIN_SIZE
 
 
 def check(name: str, root: Path) -> dict:
-    """Reads all splits of a dataset. Raises DataError if there is no such dataset.
+    """Reads the splits train, val and test of a dataset. Raises DataError if there is no such dataset.
 
     Returns:
         {"dataset", "values": {class: its values in the label maps}, "splits": {split: see `check_split`},
-        "problems": [...], "notes": [...]}.
+        "problems": [...]}.
     """
     classes, table = read_classes(name, root)
     values = {name: values_of(table, i) for i, name in enumerate(classes.names)}
-    report = {"dataset": name, "values": values, "splits": {}, "problems": [], "notes": []}
-    if name == "folder" and not any(path.is_dir() for path in root.glob("images/[!.]*")):
-        report["notes"].append("no folders in images: the last fifth of the sorted names is split val, the rest train")
+    report = {"dataset": name, "values": values, "splits": {}, "problems": []}
     first_with: dict[bytes, Path] = {}  # the first image of every digest
-    for split in existing_splits(name, root):
-        lines = report["problems" if split in ("train", "val") else "notes"]  # a test split may lack labels
+    for split in ("train", "val", "test"):
         try:
             samples, unpaired = find_samples(name, root, split)
         except DataError as error:
             samples, unpaired = [], [str(error)]
         if not samples:
-            lines += unpaired[:1]
+            report["problems"] += unpaired[:1] if split != "test" else []  # which may lack labels, or not exist
             continue
         dataset = SegmentationDataset(samples, classes, table)
         report["splits"][split], pixels, problems, digests = check_split(dataset)
@@ -62,15 +59,8 @@ def check(name: str, root: Path) -> dict:
                 problems.append(f"{path}: same image as {other}; remove one, most of all if they are in two splits")
         report["problems"] += unpaired + problems
         problem = label_fault(dataset, pixels, every_class=name == "folder" and split == "train")
-        lines += [f"{split}: {problem}"] if problem else []
+        report["problems"] += [f"{split}: {problem}"] if problem and split != "test" else []
     return report
-
-
-def existing_splits(name: str, root: Path) -> list[str]:
-    """Train, val, and the other splits in a dataset's folder."""
-    parent = root / {"cityscapes": "leftImg8bit", "camvid": "", "folder": "images"}[name]
-    found = {path.name for path in parent.glob("[!.]*") if path.is_dir()} - {"train", "val"}
-    return ["train", "val", *sorted(split for split in found if name != "camvid" or (root / f"{split}annot").is_dir())]
 
 
 def check_split(dataset: SegmentationDataset) -> tuple[dict, np.ndarray, list[str], dict[Path, bytes]]:
@@ -129,8 +119,6 @@ def print_report(report: dict) -> None:
         shares = (f"{content['classes'][name]:12.3%}" for content in splits.values())
         print(f"{str(values)[1:-1]:<15.15} {name:<24}" + "".join(shares))
     print(f"{'unlabelled, of all pixels':<40}" + "".join(f"{each['unlabelled']:12.3%}" for each in splits.values()))
-    for note in report["notes"]:
-        print(f"note: {note}")
     kinds: dict[str, list[str]] = {}
     for problem in report["problems"]:
         kind = re.sub(r"\S*/\S*|\d+ values on \S+|in \d+ pixels", "", problem.partition(": ")[2])

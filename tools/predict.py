@@ -39,7 +39,7 @@ except ModuleNotFoundError:  # only video needs it
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import CAMVID, CITYSCAPES, IMAGE_SUFFIXES, Classes, DataError, read_image
-from launch import AMP_DTYPES, OneLineParser, UsageError, exit_status, gathered, start_processes
+from launch import OneLineParser, UsageError, exit_status, gathered, start_processes
 from model import MIN_SIZE, CheckpointError, build_from_checkpoint, read_checkpoint
 from ops_ext import accelerate
 
@@ -98,24 +98,19 @@ def legend(classes: Classes, width: int, labels: Iterable[int]) -> Image.Image:
 
 
 def first_frame(path: Path):
-    """The first frame of a video, with a matrix. Raises DataError for a file without video."""
+    """The first frame of a video, with a matrix, in 4:2:0, which needs even sizes. Raises DataError for no video."""
     with av.open(path) as container:
         frame = next(container.decode(video=0), None) if container.streams.video else None
     if frame is None:
         raise DataError(f"{path}: holds no video")
-    return with_matrix(frame)
+    return in_yuv420(frame, frame.width + frame.width % 2, frame.height + frame.height % 2)
 
 
-def with_matrix(frame):
-    """The same frame; one without a YUV matrix that FFmpeg converts gets the one that players assume for its size."""
+def in_yuv420(frame, width: int, height: int):
+    """A frame in 4:2:0; one without a YUV matrix that FFmpeg converts gets what players assume for its size."""
     if frame.colorspace not in MATRICES:
         frame.colorspace = BT709 if frame.height >= 720 else BT601
-    return frame
-
-
-def even_size(frame) -> tuple[int, int]:
-    """Width and height of a frame, made even as 4:2:0 needs."""
-    return frame.width + frame.width % 2, frame.height + frame.height % 2
+    return frame.reformat(width, height, format="yuv420p")
 
 
 def planes(frame) -> list[np.ndarray]:
@@ -136,7 +131,7 @@ def add_streams(sink, container, first) -> tuple:
 
     Sound is copied where MP4 takes it. Colours are tagged as those of the first frame.
     """
-    source, size = container.streams.video[0], even_size(first)
+    source, size = container.streams.video[0], (first.width, first.height)
     options = {"preset": "ultrafast", "crf": "23"}
     video = sink.add_stream("libx264", rate=source.average_rate or 25, options=options)
     video.width, video.height = size[::-1] if round(first.rotation / 90) % 2 else size
@@ -223,7 +218,7 @@ class Predictor:
     def segment_frame(self, frame, first, colours: np.ndarray):
         """A decoded frame -> the painted frame, upright; `colours` are `yuv_colours`."""
         turns = round(first.rotation / 90)  # to the left
-        frame = with_matrix(frame).reformat(*even_size(first), format="yuv420p")
+        frame = in_yuv420(frame, first.width, first.height)
         label = self.segment_image(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns)))
         painted = type(frame)(label.shape[1], label.shape[0], "yuv420p")
         keep = np.uint16(256 - round(256 * self.painter.strength))
@@ -337,8 +332,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--legend", action=argparse.BooleanOptionalAction, default=True, help="name the colours below each image")
     add("--resize", action=argparse.BooleanOptionalAction, default=True,
         help="give the network images of as many pixels as those that it was trained on")  # fmt: skip
-    add("--amp", choices=("auto", *AMP_DTYPES), default="auto",
-        help="precision of the convolutions; auto is the fastest, off is float32 (default: %(default)s)")  # fmt: skip
     add("--device", help="cpu, cuda, ... (default: the machine's accelerator, or else the CPU)")
     return parser
 
@@ -366,9 +359,8 @@ def main(argv: list[str] | None = None) -> int:
     # On the CPU, a thread for each image is faster than several threads for one.
     threads = min(torch.get_num_threads(), 8)  # each holds an image: more mostly fill the memory
     torch.set_num_threads(1)
-    precision = None if args.amp == "auto" else AMP_DTYPES[args.amp] or torch.float32
     predictor = Predictor(
-        segment=accelerate(model, device=device, precision=precision),
+        segment=accelerate(model, device=device),
         painter=Painter(classes, args.style, args.strength, args.legend),
         image_hw=image_hw,
         threads=threads,
@@ -386,9 +378,8 @@ def main(argv: list[str] | None = None) -> int:
     failed = len(images) + len(videos) - len(written) - len(frames)
     if rank == 0:
         scale = "{}x{} pixels, as it was trained on".format(*image_hw) if image_hw else "their own size"
-        failures = f"{failed} files failed, see above; " if failed else ""
-        wrote = f"{failures}wrote {len(written)} images and {len(frames)} videos to {args.out}"
-        print(f"{wrote}; the network saw them at {scale}")
+        wrote = f"wrote {len(written)} images and {len(frames)} videos to {args.out}; the network saw them at {scale}"
+        print(f"{failed} files failed, see above; {wrote}" if failed else wrote)
         result = {"images": len(written), "videos": len(frames), "frames": sum(frames)}
         print(json.dumps({**result, "out": str(args.out), "style": args.style, "fps": fps}), flush=True)
     return 2 if failed else 0

@@ -1,8 +1,7 @@
 """Evaluates weights and writes one page: key figures, training curves, classes, confusion matrix and the worst images.
 
-    python tools/report.py --weights runs/checkpoints/best_model.pth                          # writes runs/report.html
+    python tools/report.py --weights runs/checkpoints/best_model.pth           # writes best_model.html beside it
     python tools/report.py --weights W --dataset camvid --data datasets/camvid --out page.html
-    torchrun --nproc_per_node=8 tools/report.py --weights W                                   # shares the images out
 
 The page is a single HTML file without JavaScript. Its curves are those of the run whose `checkpoints` folder holds the
 weights. The last line on stdout is one JSON object.
@@ -17,6 +16,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from html import escape
 from pathlib import Path
 
@@ -26,9 +26,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import train
 from data import IGNORE, Classes, DataError
 from eval import SplitScores, add_protocol_flags, evaluate, make_segment, metrics, open_for_evaluation, percent
-from launch import OneLineParser, exit_status, gathered, name_of, start_processes
+from launch import OneLineParser, exit_status, name_of, start_processes
 from model import CheckpointError
 
 STYLE = """
@@ -83,27 +84,20 @@ th { font-weight: 400; white-space: nowrap }
 
 
 def read_curves(log: Path) -> dict[str, np.ndarray]:
-    """loss over the steps and miou over the epochs: (n, 2) float64 each, from a metrics.jsonl.
+    """loss and seconds over the steps, miou over the epochs: (n, 2) float64 each, from a metrics.jsonl.
 
     Of several records of a step or an epoch the last one counts: a resumed run repeats what came after its checkpoint.
     """
-    values: dict[str, dict[int, float | None]] = {"loss": {}, "miou": {}}
+    values: dict[str, dict[int, float | None]] = {"loss": {}, "seconds": {}, "miou": {}}
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:  # incomplete, as the last line of a killed run may be
             continue
         for name in values.keys() & record.keys():
-            values[name][record["step" if name == "loss" else "epoch"]] = record[name]
+            values[name][record["epoch" if name == "miou" else "step"]] = record[name]
     arrays = {name: np.array(sorted(curve.items()), float).reshape(-1, 2) for name, curve in values.items()}
     return {name: array[np.isfinite(array[:, 1])] for name, array in arrays.items()}  # None has become NaN
-
-
-def ticks(end: float) -> list[float]:
-    """At most six multiples of 1, 2 or 5 times a power of ten, from 0 up to `end` > 0."""
-    power = 10.0 ** math.floor(math.log10(end / 5))
-    step = next(factor * power for factor in (1, 2, 5, 10) if 5 * factor * power >= end * (1 - 1e-9))
-    return [step * i for i in range(int(end / step + 1e-9) + 1)]
 
 
 def chart(curve: np.ndarray, top: float, x_title: str, caption: str) -> str:
@@ -111,14 +105,11 @@ def chart(curve: np.ndarray, top: float, x_title: str, caption: str) -> str:
     left, right, upper, lower = 44, 456, 8, 206
     last = max(1, curve[-1, 0])
     parts = [f'<text x="{(left + right) / 2}" y="{lower + 38}" text-anchor="middle">{x_title}</text>']
-    for value in ticks(top):
-        y = lower - (lower - upper) * value / top
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x, y = left + (right - left) * share, lower - (lower - upper) * share
         parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.6g}</text>')
-    for value in ticks(max(last, 5)):  # steps or epochs: from 5 on the ticks are integers
-        if value <= last:
-            x = left + (right - left) * value / last
-            parts.append(f'<text x="{x:.1f}" y="{lower + 18}" text-anchor="middle">{value:,.0f}</text>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{top * share:.4g}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{lower + 18}" text-anchor="middle">{last * share:.6g}</text>')
     x = left + (right - left) * curve[:, 0] / last
     y = lower - (lower - upper) * np.minimum(curve[:, 1], top) / top
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
@@ -134,13 +125,20 @@ def training_curves(log: Path) -> str:
         parts = np.array_split(loss, min(len(loss), 100))
         medians = np.array([np.median(part, axis=0) for part in parts])
         caption = f"training loss, median: last {medians[-1, 1]:.4g}"
-        charts.append(chart(medians, 1.05 * medians[:, 1].max(), "step", caption))
+        highest = medians[:, 1].max()
+        unit = 0.4 * 10.0 ** math.floor(math.log10(max(highest, 1e-9)))  # of which a quarter is a short number
+        charts.append(chart(medians, unit * math.ceil(highest / unit), "step", caption))
     if len(miou := curves.get("miou", ())):
         epoch, best = max(miou, key=lambda point: point[1])
         caption = f"validation mIoU, %: best {100 * best:.2f} in epoch {epoch:.0f}"
         charts.append(chart(miou * (1, 100), 100, "epoch", caption))
+    time = (
+        f"<p>Time of the training steps: {timedelta(seconds=round(curves['seconds'][:, 1].sum()))}</p>"
+        if curves
+        else ""
+    )
     nothing = "<p>No curves: the weights are not in the checkpoints folder of a run that has logs/metrics.jsonl.</p>"
-    return f'<div class="charts">{"".join(charts) or nothing}</div>'
+    return f'{time}<div class="charts">{"".join(charts) or nothing}</div>'
 
 
 # -------------------------------------------------------------------------------------------------- tables and pictures
@@ -161,7 +159,8 @@ def class_table(result: dict, confusion: np.ndarray, classes: Classes) -> str:
         cells = "".join(f"<td>{percent(value)}</td>" for value in values)
         swatch = f'<i style="background:rgb{tuple(classes.colours[i])}"></i>'
         rows.append(f"<th>{swatch}{escape(name)}</th>{bar}{cells}")
-    return table("classes", rows)
+    note = "<p>iIoU is the IoU in which every object counts as if it had the average size of its class.</p>"
+    return table("classes", rows) + (note if class_iiou else "")
 
 
 def confusion_table(confusion: np.ndarray, names: Sequence[str]) -> str:
@@ -245,27 +244,24 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of tools/report.py."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_protocol_flags(parser)
-    parser.add_argument("--out", metavar="FILE", default="runs/report.html", help="the page (default: %(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="the page (default: beside the weights, under their name)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Writes the page as the command line says."""
     args = get_args_parser().parse_args(argv)
+    args.out = args.out or str(Path(args.weights).with_suffix(".html"))
     checkpoint, model, dataset = open_for_evaluation(args)
-    device, rank, world_size = start_processes(args.device)
+    device, _, _ = start_processes(args.device)
     segment = make_segment(args, model, device)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # rather now than after the evaluation
     scores, accuracies = SplitScores(dataset), []
-    predictions = evaluate(segment, dataset, workers=args.workers, rank=rank, world_size=world_size)
-    for index, _, label, prediction in predictions:
+    for index, _, label, prediction in evaluate(segment, dataset, workers=args.workers):
         figures = metrics(scores.add(index, label, prediction), dataset.classes)
         if figures["miou"] is not None:
             accuracies.append((figures["pixel_accuracy"], figures["miou"], index))
-    result, accuracies = scores.metrics(world_size), gathered(accuracies, world_size)
-    if rank != 0:
-        return
-    classes, confusion, worst = dataset.classes, scores.confusion.numpy(), []
+    result, classes, confusion, worst = scores.metrics(), dataset.classes, scores.confusion.numpy(), []
     for accuracy, miou, index in sorted(accuracies)[:6]:
         image, label = dataset[index]
         tiles = pictures(image, label, segment(image[None])[0], classes)
@@ -276,12 +272,14 @@ def main(argv: list[str] | None = None) -> None:
         "device": f"{name_of(device)}, {segment.precision}",
     }
     facts |= {"scales": args.scales, "flip": args.flip, "window": args.window}
+    defaults = vars(train.get_args_parser().parse_args([]))
+    settings = {name: value for name, value in checkpoint.get("args", {}).items() if value != defaults.get(name)}
     sections = {
         "Training": training_curves(Path(args.weights).resolve().parents[1] / "logs" / "metrics.jsonl"),
         "Classes": class_table(result, confusion, classes),
         "Confusion matrix": confusion_table(confusion, classes.names),
         "Worst images": worst_images(worst) if worst else "",
-        "Arguments of the training": definitions(checkpoint["args"]) if "args" in checkpoint else "",
+        "Settings of the training that are not defaults": definitions(settings),
     }
     page = make_page(f"Fast-SCNN on {Path(args.data).resolve().name}, {args.split}", result, facts, sections)
     Path(args.out).write_text(page, encoding="utf-8", errors="backslashreplace")  # file names may be no text
