@@ -89,7 +89,10 @@ def differences(a, b, place: str = "") -> list[str]:
 def records(out: Path) -> dict:
     """The last record of each step and of each validation in metrics.jsonl, without the speed."""
     lines = map(json.loads, (out / "logs/metrics.jsonl").read_text().splitlines())
-    return {(each["kind"], each["epoch"], each.get("step")): {**each, "images_per_s": None} for each in lines}
+    return {
+        (each["kind"], each["epoch"], each.get("step")): {**each, "images_per_s": None, "seconds": None}
+        for each in lines
+    }
 
 
 def compare(whole: Path, out: Path) -> list[str]:

@@ -225,7 +225,7 @@ def test_log_counts_steps_at_half_resolution_as_a_quarter_and_skipped_ones_not()
         "epoch 4/10  step 40/100  loss 2.0000  lr 0.05000  16.0 images/s  left 0:00:30  skipped 1 steps"
     )
     assert log.records[0] == {
-        "kind": "train", "epoch": 4, "step": 40, "loss": 2.0, "lr": 0.05, "images_per_s": 16.0, "skipped": 1,
+        "kind": "train", "epoch": 4, "step": 40, "loss": 2.0, "lr": 0.05, "images_per_s": 16.0, "seconds": 10.0, "skipped": 1,
     }  # fmt: skip
     train.log_steps(state, 10, 100, [skipped], 10.0, log)
     assert "loss nan  lr 0.05000  0.4 images/s  left 0:00:00  skipped 1 steps" in log.lines[1]
