@@ -64,7 +64,7 @@ def evaluate(
         progress: show a progress bar on a terminal.
 
     Yields:
-        index in the dataset, image (H, W, 3) uint8, label (H, W) uint8, prediction (H, W) uint8 on the network's device.
+        index in the dataset; image (H, W, 3), label (H, W) and, on the network's device, prediction (H, W), all uint8.
     """
     indices = range(rank, len(dataset), world_size)
     # Not DistributedSampler, which counts some images twice to give every process as many.

@@ -376,8 +376,8 @@ class Stopped(BaseException):
 class Signals:
     """What all processes do after a step: continue, save, or, after SIGTERM or SIGINT, save and stop.
 
-    A second signal exits at once, unless it follows within a second: torchrun passes on the Ctrl-C that the terminal has
-    sent already. Processes agree by a reduction on the host during the next step: all act after the same step, one later.
+    A second signal exits at once, unless it follows within a second: torchrun passes on the Ctrl-C that the terminal
+    has sent already. Processes agree by a reduction on the host during the next step, so all act after the same step.
     """
 
     CONTINUE, SAVE, STOP = range(3)
@@ -428,7 +428,7 @@ class Run:
     """A training: its data, the network, the optimiser. Every process makes one.
 
     `ddp` is the network as DistributedDataParallel wraps it, or itself; `statistics` are the running statistics of its
-    batch normalisation; `evaluated` is the network that is validated and saved, the average of --ema or the trained one.
+    batch normalisation; `evaluated` is the network that is validated and saved: the average of --ema, or `model`.
     """
 
     def __init__(self, args: argparse.Namespace, datasets: Sequence, device: torch.device, rank: int, world_size: int):
@@ -541,8 +541,8 @@ def keep_freed_memory() -> None:
 def train_step(run: Run, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """One step of the optimiser; nothing in it makes the host wait for the device.
 
-    `images` (N, H, W, 3) uint8 RGB and `target` (N, H, W) uint8 are this process's share of the batch. Returns its part of
-    the loss, and () bool, whether the gradients were finite. Where they were not, weights and batch normalisation
+    `images` (N, H, W, 3) uint8 RGB and `target` (N, H, W) uint8 are this process's share of the batch. Returns its part
+    of the loss, and () bool, whether the gradients were finite. Where they were not, weights and batch normalisation
     statistics stay as they were: the step is skipped.
     """
     dtype = AMP_DTYPES[run.args.amp]

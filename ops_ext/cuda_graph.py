@@ -14,8 +14,8 @@ from torch import Tensor
 class Recorded:
     """A function of a tensor and a size, recorded as a CUDA graph for inputs whose shapes come twice, then replayed.
 
-    The first call of a shape runs as it is, so that a folder of mixed sizes records nothing; of the recordings the least
-    recently used is dropped. A shape that cannot be recorded runs as it is, and a warning says why.
+    The first call of a shape runs as it is, so a folder of mixed sizes records nothing. The least recently used
+    recording is dropped. A shape that cannot be recorded runs as it is, and a warning says why.
 
     Args:
         function: always the same kernels for the same shapes.

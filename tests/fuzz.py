@@ -4,7 +4,7 @@
 
 Every case reads the right content, or is refused by an error of one line that names the file. Anything else fails:
 other content, another error, a crash, more than LIMIT_S seconds, more than MEMORY bytes. A case depends only on its
-kind and number: `--only KIND --seed N --count 1` repeats it. The last line is one JSON object; exit status 1 for failures.
+kind and number: `--only KIND --seed N --count 1` repeats it. The last line is a JSON object; status 1 for failures.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python tests/kills.py --kills 50                     # one process
     python tests/kills.py --kills 20 --processes 2       # torchrun and its processes, all at once
 
-Every step is followed by a checkpoint. Of the kills (SIGKILL), every second one waits until a checkpoint is being written, the
-others come at a random moment, also before the first step. The last line is one JSON object; the status is 1 where anything
+Every step is followed by a checkpoint. Every second kill (SIGKILL) waits for a checkpoint to be written, the others come
+at a random moment, also before the first step. The last line is one JSON object; the status is 1 where anything
 differs by a bit or a file is left over.
 """
 
@@ -31,11 +31,12 @@ from model import read_checkpoint  # noqa: E402
 from tools import streets  # noqa: E402
 from train import saved_checkpoints  # noqa: E402
 
-RUN = "--epochs 6 --batch-size 4 --crop-size 64 96 --val-every 3 --log-every 1 --amp off --ema 0.9 --device cpu --workers 1"
+RUN = "--epochs 6 --batch-size 4 --crop-size 64 96 --val-every 3 --log-every 1 --amp off --ema 0.9 --workers 1"
+RUN += " --device cpu"
 
 
 def command(root: Path, out: Path, *more: str, launcher: str = "") -> list[str]:
-    """A short training on drawn scenes, 3 steps an epoch, each followed by a checkpoint; `launcher`: torchrun's flags."""
+    """A short training on drawn scenes, 3 steps an epoch, each with a checkpoint; `launcher`: torchrun's flags."""
     torchrun = ["-m", "torch.distributed.run", *launcher.split()] if launcher else []
     flags = ["--data", str(root), "--out", str(out), "--save-minutes", "1e-6", *RUN.split(), *more]
     return [sys.executable, *torchrun, str(ROOT / "train.py"), *flags]

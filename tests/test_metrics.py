@@ -109,7 +109,8 @@ def test_every_figure_is_the_official_one(source, seed, drawn, tmp_path, capsys)
 
 
 def test_instance_scores_by_hand():
-    # A car of 4 pixels, of which 1 is found and 1 taken for a bus, and one of 2 pixels, all found; 3 pixels of road taken for a car.
+    # A car of 4 pixels, of which 1 is found and 1 taken for a bus, and one of 2 pixels, all found; 3 pixels of road are
+    # taken for a car.
     car, bus, road = (CITYSCAPES.names.index(name) for name in ("car", "bus", "road"))
     instances = torch.tensor([[1000 * car + 1] * 4 + [1000 * car + 7] * 2 + [-1] * 3])
     prediction = torch.tensor([[car, bus, road, road, car, car, car, car, car]], dtype=torch.uint8)

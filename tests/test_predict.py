@@ -90,7 +90,7 @@ def packets_of_sound(path) -> list[bytes]:
         return [bytes(packet) for packet in container.demux(audio=0) if packet.size]
 
 
-# ---------------------------------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------------------------------------- images
 
 
 def test_styles_of_an_image():
@@ -239,7 +239,7 @@ def test_results_keep_the_order_and_few_are_under_way():
     assert written == list(range(1, 101)) and most <= 6
 
 
-# ----------------------------------------------------------------------------------------------------------------- video
+# ---------------------------------------------------------------------------------------------------------------- video
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_sound_that_mp4_does_not_take_is_left_out_and_that_is_said(tmp_path, cap
 @pytest.mark.parametrize("matrix, kr, kb", [(1, 0.2126, 0.0722), (6, 0.299, 0.114)])  # BT.709, BT.601
 @pytest.mark.parametrize("levels", [1, 2])  # limited, full
 def test_colours_are_mixed_in_the_matrix_and_range_of_the_video(matrix, kr, kb, levels):
-    """Strength 0 leaves the planes as they are, 1 gives the classes' colours by the standards' formulas, between is between."""
+    """Strength 0 leaves the planes alone, 1 gives the classes' colours by the standards' formulas, else a mixture."""
     label = np.repeat(np.repeat(np.random.default_rng(1).integers(0, 11, (8, 12), np.uint8), 4, 0), 4, 1)
     red, green, blue = np.moveaxis(CAMVID.palette()[label] / 255, -1, 0)
     y = kr * red + (1 - kr - kb) * green + kb * blue

@@ -47,7 +47,7 @@ def stopped_in(monkeypatch, name, call, *args, **changes):
         assert run(*args, **changes) == train.STOPPED
 
 
-# ------------------------------------------------------------------------------------------------------------ exact resume
+# --------------------------------------------------------------------------------------------------------- exact resume
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_checkpoints_by_the_clock_leave_the_newest(drawn, tmp_path, monkeypatch)
     assert seen[6:] == [["2", unfinished], ["2", unfinished], ["2", "3"], ["2", "3"]]
 
 
-# ------------------------------------------------------------------------------------------- signals, kills, lost processes
+# --------------------------------------------------------------------------------------- signals, kills, lost processes
 
 
 def wait_for(process, text):
@@ -309,7 +309,7 @@ def test_disk_that_fills_leaves_the_last_good_checkpoint(drawn, tmp_path):
     assert kills.compare(tmp_path / "whole", tmp_path / "kept") == []
 
 
-# ------------------------------------------------------------------------------------------- gradients that are not finite
+# ---------------------------------------------------------------------------------------- gradients that are not finite
 
 
 def loss_with(factors):

@@ -73,7 +73,7 @@ def save_network(path, classes: Classes, **more) -> FastSCNN:
     return model
 
 
-# ----------------------------------------------------------------------------------------------------------------- curves
+# --------------------------------------------------------------------------------------------------------------- curves
 
 
 def test_curves_are_the_last_records_of_each_step_and_epoch(tmp_path):
@@ -117,7 +117,7 @@ def test_points_lie_where_the_axes_say():
     assert points[1][0] == pytest.approx(labels["5"])
 
 
-# ----------------------------------------------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------------------------------------------- tables
 
 
 def test_the_class_table_by_hand():
@@ -160,7 +160,7 @@ def test_wrong_pixels_are_orange_and_unlabelled_ones_black():
     assert pictures["truth"][10, 400].tolist() == [0, 0, 0]
 
 
-# --------------------------------------------------------------------------------------------------------------- the page
+# ------------------------------------------------------------------------------------------------------------- the page
 
 
 def test_two_processes_show_the_worst_images_of_both(drawn, tmp_path, capsys):

@@ -60,7 +60,7 @@ def losses(out):
     return [record["loss"] for record in records(out, "train")]
 
 
-# --------------------------------------------------------------------------------------------------- recipe and schedule
+# -------------------------------------------------------------------------------------------------- recipe and schedule
 
 
 def test_recipes_set_flags_that_exist_and_flags_beside_them_win():
@@ -120,7 +120,7 @@ def test_moving_average_by_hand():
     assert layer[0].weight.item() == 20
 
 
-# ------------------------------------------------------------------------------------------------------------------ loss
+# ----------------------------------------------------------------------------------------------------------------- loss
 
 
 def test_loss_of_equal_scores_by_hand():
@@ -197,7 +197,7 @@ def test_class_weights_by_hand_and_their_fading(folder_dataset, tmp_path, monkey
     assert records(tmp_path / "r", "val")[0]["class_iou"].keys() == {"left", "middle", "right"}
 
 
-# -------------------------------------------------------------------------------------------------------------- log lines
+# ------------------------------------------------------------------------------------------------------------ log lines
 
 
 class Heard:
@@ -225,14 +225,15 @@ def test_log_counts_steps_at_half_resolution_as_a_quarter_and_skipped_ones_not()
         "epoch 4/10  step 40/100  loss 2.0000  lr 0.05000  16.0 images/s  left 0:00:30  skipped 1 steps"
     )
     assert log.records[0] == {
-        "kind": "train", "epoch": 4, "step": 40, "loss": 2.0, "lr": 0.05, "images_per_s": 16.0, "seconds": 10.0, "skipped": 1,
+        "kind": "train", "epoch": 4, "step": 40, "loss": 2.0, "lr": 0.05, "images_per_s": 16.0, "seconds": 10.0,
+        "skipped": 1,
     }  # fmt: skip
     train.log_steps(state, 10, 100, [skipped], 10.0, log)
     assert "loss nan  lr 0.05000  0.4 images/s  left 0:00:00  skipped 1 steps" in log.lines[1]
     assert log.records[1]["loss"] is None and state.skipped_in_a_row == 1
 
 
-# ---------------------------------------------------------------------------------------------------------- complete runs
+# -------------------------------------------------------------------------------------------------------- complete runs
 
 
 def test_a_run_learns_and_writes_what_it_says(drawn, tmp_path, capsys, monkeypatch):
@@ -367,7 +368,7 @@ def test_tensorboard_is_written_where_it_is_asked_for(drawn, tmp_path):
         assert [(event.step, event.value) for event in accumulator.Scalars(f"{kind}/{name}")] == expected
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 def refused(capsys, message, *args, **changes):

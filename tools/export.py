@@ -4,9 +4,9 @@
     python tools/export.py --weights best_model.pth model.pt2          # torch.export.load("model.pt2").module()
     python tools/export.py --weights best_model.pth theirs.pth --as mmseg    # a network of --variant mmseg
 
-An exported network takes RGB images, (N, H, W, 3) uint8 of any N and any H, W from 33 pixels, or what model.py takes with
---input normalised; it gives (N, H, W) uint8 labels, or (N, classes, H, W) float32 with --output logits. The names of the
-classes and the size of the training images are in the metadata of an .onnx, in metadata.json of a .pt2.
+An exported network takes RGB images, (N, H, W, 3) uint8 of any N and any H, W from 33 pixels, or, with --input
+normalised, what model.py takes. It gives (N, H, W) uint8 labels, or (N, classes, H, W) float32 with --output logits.
+The class names and the size of the training images are in the metadata of an .onnx, and in metadata.json of a .pt2.
 """
 
 from __future__ import annotations

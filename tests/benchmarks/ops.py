@@ -149,7 +149,8 @@ def main() -> None:
     args = parser.parse_args()
     device, size = torch.device(args.device), tuple(args.size)
     print(
-        f"{name_of(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, {ops_ext.implementations(device)}"
+        f"{name_of(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{ops_ext.implementations(device)}"
     )
     results = []
     for title, make in (

@@ -3,12 +3,12 @@
     python tests/benchmarks/recipes.py --epochs 24 --seeds 0 1 2 --jobs 2
     python tests/benchmarks/recipes.py --only base "ohem 0.7"               # some of them
     python tests/benchmarks/recipes.py --only paper best                    # train.py's recipes
-    python tests/benchmarks/recipes.py --folds 0001TP 0006R0 0016E5         # train on all drives but one, score on that one
+    python tests/benchmarks/recipes.py --folds 0001TP 0006R0 0016E5     # train on all drives but one, score on that
     python tests/benchmarks/recipes.py --add "--half-resolution 1" --scale 0.5     # four times as fast
 
-Each run is a process of its own with one seed; --jobs of them share the cores (on GPUs: 1). What counts is the mIoU after
-the last epoch. Finished runs are kept in OUT/results.jsonl and not repeated, so that a longer list or more seeds add to a
-table. An element is the base with that element; its gain is the difference of the means. A fold is a prefix of file names.
+Each run is a process of its own with one seed; --jobs of them share the cores (on GPUs: 1). What counts is the mIoU
+after the last epoch. Finished runs are kept in OUT/results.jsonl and not repeated: a longer list or more seeds add to a
+table. An element is the base with that element; its gain is the difference of the means. A fold is a prefix of names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The base is train.py's defaults with CamVid's size, a smaller batch at a rate that goes with it, and less resizing; every
+# The base is train.py's defaults with CamVid's size, a smaller batch at a rate that goes with it, and less resizing; each
 # other element changes one thing.
 MACHINE = "--workers 0 --cache ram"
 BASE = f"{MACHINE} --crop-size 360 480 --scale-range 0.75 1.75 --batch-size 4 --base-lr 0.135"

@@ -1,9 +1,9 @@
 """train.py's step against a plain PyTorch one: time and memory; and images a second of the loader, for each worker.
 
-    python tests/benchmarks/training.py [--data ../shared/cityscapes_sample --split train] [--device cuda --batch-size 32]
+    python tests/benchmarks/training.py [--data ../shared/cityscapes_sample --split train] [--device cuda]
 
-The plain step is contiguous in memory, with F.interpolate and F.cross_entropy at full resolution, in float32 or under autocast. Every
-row is a process of its own, one after the other; its memory is the peak beyond what its imports need, the cache included. train.py's
+The plain step is contiguous in memory, with F.interpolate and F.cross_entropy at full resolution, in float32 or under
+autocast. Each row is a process of its own, one after the other; on an accelerator it has the peak of the memory. train.py's
 rows, with their loader, are those of `tools/benchmark.py --train`.
 """
 
