@@ -3,7 +3,7 @@
     python tests/kills.py --kills 50                     # one process
     python tests/kills.py --kills 20 --processes 2       # torchrun and its processes, all at once
 
-Every step is followed by a checkpoint. Every second kill (SIGKILL) waits for a checkpoint to be written, the others come
+Each step is followed by a checkpoint. Each second kill (SIGKILL) waits for a checkpoint to be written, the others come
 at a random moment, also before the first step. The last line is one JSON object; the status is 1 where anything
 differs by a bit or a file is left over.
 """

@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The base is train.py's defaults with CamVid's size, a smaller batch at a rate that goes with it, and less resizing; each
+# The base is train.py's defaults with CamVid's size, a smaller batch at a rate that goes with it, less resizing; each
 # other element changes one thing.
 MACHINE = "--workers 0 --cache ram"
 BASE = f"{MACHINE} --crop-size 360 480 --scale-range 0.75 1.75 --batch-size 4 --base-lr 0.135"

@@ -3,7 +3,7 @@
     python tests/benchmarks/training.py [--data ../shared/cityscapes_sample --split train] [--device cuda]
 
 The plain step is contiguous in memory, with F.interpolate and F.cross_entropy at full resolution, in float32 or under
-autocast. Each row is a process of its own, one after the other; on an accelerator it has the peak of the memory. train.py's
+autocast. Each row is a process of its own, one after the other; on an accelerator it has peak memory. train.py's
 rows, with their loader, are those of `tools/benchmark.py --train`.
 """
 
