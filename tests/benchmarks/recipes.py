@@ -45,8 +45,11 @@ ELEMENTS = {
     "no dropout": "--dropout 0",
     "scale 0.5 to 2": "--scale-range 0.5 2",
     "half resolution first": "--half-resolution 0.5",
-    "paper": "--recipe paper",  # these two without the base
+    "paper": "--recipe paper",  # these without the base
     "best": "--recipe best",
+    "best, colour": "--recipe best --colour-jitter 0.4 0.4 0.4 0.05",
+    "best, colour, scale": "--recipe best --colour-jitter 0.4 0.4 0.4 0.05 --scale-range 0.5 2",
+    "best, strong colour, scale": "--recipe best --colour-jitter 0.6 0.6 0.6 0.1 --scale-range 0.5 2",
 }
 
 
@@ -136,7 +139,7 @@ def main() -> None:
             "name": name,
             "seed": seed,
             "fold": fold,
-            "flags": " ".join([MACHINE if name in ("paper", "best") else BASE, ELEMENTS[name], args.add]),
+            "flags": " ".join([MACHINE if "--recipe" in ELEMENTS[name] else BASE, ELEMENTS[name], args.add]),
             **splits_of(fold, args.folds),
             **common,
         }
