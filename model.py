@@ -1,6 +1,6 @@
 """Fast-SCNN: Fast Semantic Segmentation Network (Poudel, Liwicki, Cipolla, 2019, arXiv 1902.04502).
 
-This file needs torch alone and can be copied into another project:
+This file needs only torch and can be copied into another project:
 
     model = load_weights("best_model.pth")  # or FastSCNN(num_classes=19).eval()
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
@@ -12,9 +12,9 @@ From top to bottom: layers, the paper's four stages, the network, checkpoints, w
 Where the paper is silent:
   - padding 1 in every 3x3 convolution, so that a stride of 2 gives ceil(size / 2) at any size;
   - no bias in a convolution that batch normalisation follows;
-  - bilinear resizing with align_corners=False, to the size that is needed rather than by a fixed factor;
+  - bilinear resizing with align_corners=False, to an explicit size, not by a scale factor;
   - batch normalisation also between the depthwise and the pointwise convolution of a DSConv;
-  - PyTorch's initialisation of weights and momentum (0.1) of batch normalisation.
+  - PyTorch's default weight initialisation and batch normalisation momentum (0.1).
 """
 
 from __future__ import annotations
@@ -33,40 +33,40 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Variant:
-    """Where published implementations differ. The defaults are the paper's network."""
+    """Options in which published implementations differ. The defaults are the paper's network."""
 
-    stem_padding: int = 1  # of the first convolution
+    stem_padding: int = 1  # padding of the first convolution
     depthwise_relu: bool = False  # after the depthwise convolution of a DSConv
-    relu6: bool = False  # in the bottlenecks
-    pyramid_kernel: int = 1  # of the convolution after pyramid pooling
-    fusion_kernel: int = 3  # of the convolution of the context: 3 depthwise, 1 dense
+    relu6: bool = False  # ReLU6 in the bottlenecks
+    pyramid_kernel: int = 1  # kernel of the convolution after pyramid pooling
+    fusion_kernel: int = 3  # kernel of the context convolution: 3 is depthwise, 1 dense
     fusion_dilation: int = 4
-    fusion_bias: bool = False  # of the 1x1 convolutions before the addition
-    align_corners: bool = False  # of every resizing
+    fusion_bias: bool = False  # bias in the 1x1 convolutions before the addition
+    align_corners: bool = False  # for all bilinear resizing
     aux_context: bool = True  # whether there is a second auxiliary head
 
 
-_OLDER = {"stem_padding": 0, "depthwise_relu": True, "fusion_dilation": 1}
+_LEGACY = {"stem_padding": 0, "depthwise_relu": True, "fusion_dilation": 1}
 # The paper's network; those of Tramac/Fast-SCNN-pytorch, LikeLy-Journey/SegmenTron (also Ascend/ModelZoo-PyTorch), and
 # open-mmlab/mmsegmentation since its pull request 606 and before it.
 VARIANTS = {
     "paper": Variant(),
-    "tramac": Variant(**_OLDER, fusion_bias=True, align_corners=True, aux_context=False),
-    "segmentron": Variant(**_OLDER, relu6=True, fusion_kernel=1, fusion_bias=True, align_corners=True),
+    "tramac": Variant(**_LEGACY, fusion_bias=True, align_corners=True, aux_context=False),
+    "segmentron": Variant(**_LEGACY, relu6=True, fusion_kernel=1, fusion_bias=True, align_corners=True),
     "mmseg": Variant(pyramid_kernel=3, fusion_dilation=1),
-    "mmseg-old": Variant(**_OLDER, relu6=True, fusion_kernel=1),
+    "mmseg-old": Variant(**_LEGACY, relu6=True, fusion_kernel=1),
 }
-MIN_SIZE = 32  # pixels; the smallest side that still leaves one pixel at 1/32 of the resolution
+MIN_SIZE = 32  # pixels; minimum side of the input, one full pixel at 1/32 of the resolution
 
 
 class CheckpointError(ValueError):
-    """A file that is not a checkpoint of this network, or does not fit; the message names the file and what to do."""
+    """A file is no checkpoint or does not match the network; the message names the file and the remedy."""
 
 
 class ConvBN(nn.Sequential):
     """Convolution, batch normalisation, ReLU. (nn.Sequential runs its attributes in the order of their assignment.)
 
-    relu: the class of the non-linearity, None for none. options: of nn.Conv2d; by default the padding gives
+    relu: the activation's class, or None. options: passed to nn.Conv2d; by default the padding gives
     ceil(size / stride), and there is no bias.
     """
 
@@ -80,15 +80,15 @@ class ConvBN(nn.Sequential):
 
 
 class DilatedConvBN(ConvBN):
-    """ConvBN of a dilated depthwise 3x3 convolution, which is computed without dilation in training on the CPU."""
+    """ConvBN with a dilated depthwise 3x3 kernel; training on the CPU runs it as a plain convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
         # oneDNN's gradient of a dilated depthwise kernel takes ten times as long as that of a plain one and is wrong in
-        # bfloat16 (seen in its 3.13). So the plain kernel runs on the d x d images made of every d-th pixel of every
-        # d-th row. torch.compile fails on these reshapes at a second size, and keeps the dilated kernel.
+        # bfloat16 (seen in oneDNN 3.13). So the plain kernel runs on the d x d images made of every d-th pixel of every
+        # d-th row. torch.compile fails on these reshapes with dynamic shapes, so it keeps the dilated kernel.
         conv, d = self.conv, self.conv.dilation[0]
-        differentiated = self.training or (torch.is_autocast_enabled("cpu") and torch.is_grad_enabled())
-        if d == 1 or x.device.type != "cpu" or not differentiated or torch.compiler.is_compiling():
+        needs_grad = self.training or (torch.is_autocast_enabled("cpu") and torch.is_grad_enabled())
+        if d == 1 or x.device.type != "cpu" or not needs_grad or torch.compiler.is_compiling():
             return super().forward(x)
         n, _, h, w = x.shape
         x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -w % d, 0, -h % d))  # (N, H, W, C), now multiples of d
@@ -100,7 +100,7 @@ class DilatedConvBN(ConvBN):
 
 
 class DSConv(nn.Sequential):
-    """Depthwise separable convolution (section 3.1): the non-linearity between its two convolutions is left out."""
+    """Depthwise separable convolution (section 3.1); no ReLU in between unless `depthwise_relu`."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *, depthwise_relu: bool = False):
         super().__init__()
@@ -151,7 +151,7 @@ def pooling_matrix(size: int, bins: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 class PyramidPooling(nn.Module):
-    """Pyramid pooling of PSPNet: the input beside its averages over 1, 2, 3 and 6 bins, then a 1x1 convolution.
+    """Pyramid pooling of PSPNet: concatenates the input with its averages over 1, 2, 3 and 6 bins, then a 1x1 convolution.
 
     The averages equal `F.adaptive_avg_pool2d`. They are taken for all bins at once by two small matrix products, which,
     unlike adaptive pooling, export to ONNX and other runtimes at any input size.
@@ -206,7 +206,7 @@ class FeatureFusion(nn.Module):
         super().__init__()
         kernel = variant.fusion_kernel
         groups = 128 if kernel == 3 else 1
-        # The dilation is the factor between the two resolutions, as in the table.
+        # In table 3 the dilation is the upsampling factor, 4.
         self.depthwise = DilatedConvBN(128, 128, kernel, groups=groups, dilation=variant.fusion_dilation)
         self.context = ConvBN(128, 128, relu=None, bias=variant.fusion_bias)
         self.detail = ConvBN(64, 128, relu=None, bias=variant.fusion_bias)
@@ -229,7 +229,7 @@ class Classifier(nn.Sequential):
 
 
 class AuxiliaryHead(nn.Sequential):
-    """A small classifier on inner features, for training alone (section 4.1: auxiliary losses of weight 0.4)."""
+    """A small classifier on intermediate features, for training only (section 4.1: auxiliary losses of weight 0.4)."""
 
     def __init__(self, in_channels: int, num_classes: int, dropout: float):
         super().__init__()
@@ -242,10 +242,10 @@ class FastSCNN(nn.Module):
     """Fast-SCNN (table 1).
 
     Args:
-        num_classes: number of classes, each one output channel.
-        variant: one of VARIANTS; "paper" is the network of the paper, the others are those of published weights.
+        num_classes: number of output channels.
+        variant: one of VARIANTS; "paper" is the network of the paper, the others match published weights.
         aux: build the auxiliary heads too, after learning to downsample and after the global feature extractor.
-        dropout: probability before the last layer of each head.
+        dropout: dropout probability before the last layer of each head.
     """
 
     def __init__(self, num_classes: int = 19, *, variant: str = "paper", aux: bool = False, dropout: float = 0.1):
@@ -262,12 +262,12 @@ class FastSCNN(nn.Module):
         self.aux_context = AuxiliaryHead(128, num_classes, dropout) if aux and choice.aux_context else None
         self.align_corners = choice.align_corners
 
-    def forward(self, x: Tensor, upsample: bool = True) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, upsample: bool = True) -> Tensor | tuple[Tensor, ...]:
         """(N, 3, H, W) normalised RGB, H and W >= 32 -> (N, num_classes, H, W) logits.
 
-        With `upsample=False` they are (N, num_classes, ceil(H/8), ceil(W/8)), of H - 2 and W - 2 where the variant has
-        no padding in its first convolution. In training mode with aux=True the result is a tuple: main, auxiliary at
-        1/8, auxiliary at 1/32 (not of "tramac").
+        With `upsample=False` the size is ceil(H/8), ceil(W/8), from H - 2 and W - 2 without stem padding. In training
+        mode with aux=True the result is a tuple of logits: main, from the 1/8 detail, from the 1/32 context (which
+        "tramac" does not have).
         """
         if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
             size = f"{x.shape[2]}x{x.shape[3]}"
@@ -287,7 +287,7 @@ class FastSCNN(nn.Module):
 
 
 class _ForeignObject:
-    """Stands in for the classes and functions that a file names and PyTorch does not allow; it does nothing."""
+    """Inert stand-in for pickled classes and functions that torch.load does not allow."""
 
     def __init__(self, *_args):
         pass
@@ -296,12 +296,12 @@ class _ForeignObject:
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
-    """Reads what train.py saved, on the CPU and without running code that the file names.
+    """Loads a checkpoint on the CPU without running pickled code.
 
     The dict holds `model` (a state dict), `model_args` (the arguments of FastSCNN) and what train.py saved beside them.
-    A bare state dict, and a file of another project, becomes a dict of these two.
+    A bare state dict or the file of another project is converted to these two keys.
 
-    Raises FileNotFoundError, or CheckpointError for a file that is damaged, something else, or not finite.
+    Raises FileNotFoundError, or CheckpointError for a file that is damaged, no checkpoint, or has weights that are not finite.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint; give the path of a .pth file")
@@ -317,27 +317,27 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     except Exception as error:  # unpickling damaged data can raise any exception
         cause = (str(error) or repr(error)).split("\n\n")[-2:][0]  # torch.load ends with a paragraph of advice
         reason = textwrap.shorten(cause.rpartition("WeightsUnpickler error:")[2], 150, placeholder=" ...")
-        raise CheckpointError(f"{path}: damaged, truncated or not a checkpoint ({reason}); take another file") from None
+        raise CheckpointError(f"{path}: damaged, truncated or not a checkpoint ({reason}); use another file") from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}; save the network's state dict instead")
     if "model_args" not in checkpoint or not isinstance(checkpoint.get("model"), dict):
         checkpoint = _from_state_dict(_find_state_dict(checkpoint), path)
     for name, tensor in checkpoint["model"].items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CheckpointError(f"{path}: {name} has values that are not finite; take an earlier checkpoint")
+            raise CheckpointError(f"{path}: {name} has values that are not finite; use an earlier checkpoint")
     return checkpoint
 
 
 def build_from_checkpoint(checkpoint: dict, path: str | os.PathLike, num_classes: int | None = None) -> FastSCNN:
-    """The network of a checkpoint already read, in evaluation mode; `path` is named in errors. See `load_weights`."""
+    """Builds the network of a loaded checkpoint, in evaluation mode; `path` is for error messages."""
     try:
         model = FastSCNN(**checkpoint["model_args"])
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = re.sub(r'((?:"[^"]*", ){5})(?:"[^"]*"(?:, )?)+', r"\1...", str(error))  # five names of a list
+        reason = re.sub(r'((?:"[^"]*", ){5})(?:"[^"]*"(?:, )?)+', r"\1...", str(error))  # the first five names
         reason = textwrap.shorten(reason.rpartition("FastSCNN:")[2], 400, placeholder=" ...")
         network = f"the network of {checkpoint['model_args']}"
-        raise CheckpointError(f"{path}: does not fit {network} ({reason}); take another file") from None
+        raise CheckpointError(f"{path}: does not fit {network} ({reason}); use another file") from None
     found = model.args["num_classes"]
     if num_classes not in (None, found):
         remedy = "choose the dataset that it was trained on, or train on yours with --init-weights"
@@ -346,17 +346,18 @@ def build_from_checkpoint(checkpoint: dict, path: str | os.PathLike, num_classes
 
 
 def load_weights(path: str | os.PathLike, num_classes: int | None = None) -> FastSCNN:
-    """The network of a file of train.py or of another project, on the CPU and in evaluation mode.
+    """Loads a network saved by train.py or another project, on the CPU and in evaluation mode.
 
-    Raises FileNotFoundError, or CheckpointError, also for another class count than `num_classes` where that is given.
+    Raises FileNotFoundError, or CheckpointError, also if the class count is not `num_classes`.
     """
     return build_from_checkpoint(read_checkpoint(path), path, num_classes)
 
 
 # ---------------------------------------------------------------------------------------- weights of other projects
 
+# Column of _PEER_LAYERS.
 _PEERS = {"tramac": 0, "segmentron": 1, "mmseg": 2, "mmseg-old": 2}
-# The convolution of a layer here (a pattern) and in the files of tramac, segmentron and mmseg. All rows apply, in turn.
+# Pattern of a layer here, and its name in tramac, segmentron and mmseg. All rows are applied, in order.
 _PEER_LAYERS = (
     (r"(downsample\.conv)$", r"\1.conv.0", r"\1.conv", r"\1.conv"),
     (r"(dsconv.)\.depthwise$", r"\1.conv.0", r"\1.block.depthwise", r"\1.depthwise_conv.conv"),
@@ -381,12 +382,12 @@ _PEER_LAYERS = (
     (r"aux_context", "", "auxlayer2.4", "auxiliary_head.0.conv_seg"),
     (r"^(learning|global|feature)", r"\1", r"\1", r"backbone.\1"),
 )
-# The last part of a convolution's name there, and that of its batch normalisation.
+# Last component of a convolution's name there: that of its batch normalisation.
 _PEER_NORMS = {"conv": "bn", "0": "1", "2": "3", "3": "4", "depthwise": "bn_depth", "pointwise": "bn_point"}
 
 
 def _peer_name(name: str, variant: str) -> str:
-    """What an entry of the state dict is called in the files of the project that the variant is named after."""
+    """Name of a state dict's entry in the project that the variant is named after."""
     if variant not in _PEERS:
         return name
     layer, kind, entry = name.rsplit(".", 2)  # such as feature_fusion.context, bn, weight
@@ -399,7 +400,7 @@ def _peer_name(name: str, variant: str) -> str:
 
 
 def _find_state_dict(content: dict) -> dict[str, Tensor]:
-    """The first state dict among a file's content and its entries, without the prefix that all its names share."""
+    """The first dict with convolution weights, in the file or one level down, common prefixes removed."""
     entries = [content, *(value for value in content.values() if isinstance(value, dict))]
     states = [{str(k): v for k, v in each.items() if isinstance(v, Tensor)} for each in entries]
     state = next((each for each in states if any(tensor.ndim == 4 for tensor in each.values())), states[0])
@@ -409,21 +410,21 @@ def _find_state_dict(content: dict) -> dict[str, Tensor]:
 
 
 def _from_state_dict(state: dict[str, Tensor], path: str | os.PathLike) -> dict:
-    """A checkpoint made of a state dict, whose names and shapes tell the variant."""
-    fits = []
+    """Converts a state dict; infers the variant from its names and shapes."""
+    candidates = []
     for variant in VARIANTS:
         with torch.device("meta"):
             shapes = {name: t.shape[1:] for name, t in FastSCNN(1, variant=variant, aux=True).state_dict().items()}
         ours = {_peer_name(name, variant): name for name in shapes}
         renamed = {ours.get(name, name): tensor for name, tensor in state.items()}
-        fitting = sum(name in renamed and renamed[name].shape[1:] == shape for name, shape in shapes.items())
-        fits.append((fitting, variant, renamed, shapes))
-    _, variant, state, shapes = max(fits, key=lambda fit: fit[0])
+        matches = sum(name in renamed and renamed[name].shape[1:] == shape for name, shape in shapes.items())
+        candidates.append((matches, variant, renamed, shapes))
+    _, variant, state, shapes = max(candidates, key=lambda each: each[0])
     if "classifier.conv.weight" not in state:
         found = f"tensors {', '.join([*state][:5])}" if state else "no state dict"
         raise CheckpointError(f"{path}: holds {found}, expected a file of train.py or weights of {', '.join(VARIANTS)}")
     aux = all(name in state for name in shapes if name.startswith("aux"))
-    if not aux:  # an incomplete set of auxiliary heads, which only training needs, is left out
+    if not aux:  # drop incomplete auxiliary heads, which only training needs
         state = {name: tensor for name, tensor in state.items() if not name.startswith("aux")}
     args = {"num_classes": len(state["classifier.conv.weight"]), "variant": variant, "aux": aux}
     return {"model": state, "model_args": args}

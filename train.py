@@ -727,7 +727,7 @@ def save_training(run: Run, epoch: int, steps: int = 0, validated: bool = True) 
 
 def save(checkpoint: dict, path: Path) -> None:
     """Writes beside `path` and renames, so that a file of this name is always complete."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(".tmp")  # one name, so that a killed run leaves at most one behind
     content = io.BytesIO()
     torch.save(checkpoint, content)
     try:

@@ -14,6 +14,7 @@ table. An element is the base with that element; its gain is the difference of t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -25,6 +26,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from data import DataError, find_samples  # noqa: E402
 
 # The base is train.py's defaults with CamVid's size, a smaller batch at a rate that goes with it, less resizing; each
 # other element changes one thing.
@@ -77,14 +81,21 @@ def train_and_score(case: dict, out: Path, threads: int) -> dict:
     return {**case, **{name: figures[name] for name in ("miou", "pixel_accuracy", "class_iou")}}
 
 
-def splits_of(fold: str | None, folds: list[str]) -> dict[str, str]:
+def splits_of(fold: str | None, args: argparse.Namespace) -> dict[str, str]:
     """The split to train on and the one to score on; for a fold, files whose names begin with it are scored on."""
     if fold is None:
         return {"split": "train", "val_split": "val"}
-    return {
-        "split": "+".join(f"{split}:{each}*" for each in folds if each != fold for split in ("train", "val")),
-        "val_split": f"train:{fold}*+val:{fold}*",
-    }
+
+    def joined(folds: list[str]) -> str:
+        """The files of these folds in train and in val, where there are any."""
+        parts = []
+        for part in [f"{split}:{each}*" for each in folds for split in ("train", "val")]:
+            with contextlib.suppress(DataError):
+                find_samples(args.dataset, Path(args.data), part)
+                parts.append(part)
+        return "+".join(parts)
+
+    return {"split": joined([each for each in args.folds if each != fold]), "val_split": joined([fold])}
 
 
 def table(args: argparse.Namespace, records: list[dict]) -> list[str]:
@@ -140,7 +151,7 @@ def main() -> None:
             "seed": seed,
             "fold": fold,
             "flags": " ".join([MACHINE if "--recipe" in ELEMENTS[name] else BASE, ELEMENTS[name], args.add]),
-            **splits_of(fold, args.folds),
+            **splits_of(fold, args),
             **common,
         }
         for seed in args.seeds
