@@ -4,7 +4,7 @@
     image, label = dataset[0]           # (H, W, 3) uint8 RGB, (H, W) uint8 train ids, 255 = ignore
 
 Needs only torch, numpy and pillow, and works when copied alone into another project. Images stay uint8 in
-(H, W, 3) until `normalise` on the device: a quarter of the bytes to transfer, and channels_last at no cost.
+(H, W, 3) until `normalise` on the device: a quarter of the transfer, and channels_last for free.
 """
 
 from __future__ import annotations
@@ -33,20 +33,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 IGNORE = 255  # train id of pixels that count neither in the loss nor in the metrics
-UNKNOWN = 254  # in a label table: a value that label files must not contain
+UNKNOWN = 254  # in a label table: a value that is not allowed in label files
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
 PADDING_RGB = tuple(round(255 * m) for m in MEAN)  # 0 after normalisation
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
-IMAGE_FORMATS = (
-    "PNG",
-    "JPEG",
-    "BMP",
-    "PPM",
-    "TIFF",
-    "WEBP",
-)  # whatever the suffix, only these decoders of Pillow are used
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")  # Pillow's decoders in use, whatever the suffix
 
 
 class DataError(ValueError):
@@ -55,7 +48,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Classes:
-    """Names, RGB colours and, where the benchmark has them, categories of the classes, by train id."""
+    """Class names, RGB colours and, where there are some, categories; indexed by train id."""
 
     names: tuple[str, ...]
     colours: tuple[tuple[int, int, int], ...]
@@ -125,21 +118,21 @@ CAMVID = Classes(*zip(*_CAMVID))
 
 
 def label_table(values: Iterable[int | Iterable[int]], ignored: Iterable[int], size: int = 256) -> bytes:
-    """The train id of every value in a label file: i for values[i], one or several; IGNORE; UNKNOWN for all others.
+    """Table from label value to train id: i for values[i], a number or several; IGNORE for `ignored`; else UNKNOWN.
 
-    The value of a colour is red x 65536 + green x 256 + blue, with a size of 2 ** 24.
+    Colours are encoded as red x 65536 + green x 256 + blue; their table has a size of 2 ** 24.
     """
     table = bytearray([UNKNOWN]) * size
     for train_id, group in [*enumerate(values), (IGNORE, ignored)]:
         for value in group if isinstance(group, Iterable) else [group]:
             if table[value] not in (UNKNOWN, train_id):
-                raise ValueError(f"class {table[value]}, counted from 0, shares a value with another or with ignore")
+                raise ValueError(f"class {table[value]} (0-based) shares a value with another class or with ignore")
             table[value] = train_id
     return bytes(table)
 
 
 def values_of(table: bytes, *train_ids: int) -> list[int] | list[list[int]]:
-    """What a `label_table` maps to these train ids, as in classes.json: numbers, or [red, green, blue]."""
+    """The label values that a `label_table` maps to these train ids, as in classes.json."""
     values = np.flatnonzero(np.isin(np.frombuffer(table, np.uint8), train_ids)).tolist()
     return values if len(table) == 256 else [[*value.to_bytes(3, "big")] for value in values]
 
@@ -166,11 +159,11 @@ def open_dataset(
             cityscapes: leftImg8bit/{split}/{city}/*_leftImg8bit.png, gtFine/{split}/{city}/*_gtFine_labelIds.png, or
                 *_gtFine_labelTrainIds.png where there are no others (split train_extra: gtCoarse);
             camvid: {split}/NAME.png or .jpg, {split}annot/NAME.png with ids 0 to 10, 11 = unlabelled;
-            folder: images/{split}/NAME.*, labels/{split}/NAME.png, subfolders allowed; without one in images val is
-                the last fifth of the names. classes.json: {"names": [...], "values": [0, [1, 4], ...], "ignore": 255,
-                "colours": [[r, g, b], ...]}, values being 0, 1, ... if left out; with "labels": "colours", `colours`.
+            folder: images/{split}/NAME.*, labels/{split}/NAME.png, subfolders allowed; if images has none, val is
+                the last fifth by name. classes.json: {"names": [...], "values": [0, [1, 4], ...], "ignore": 255,
+                "colours": [[r, g, b], ...]}, values default to 0, 1, ...; with "labels": "colours", `colours`.
         split: name of a split, or several joined by "+"; "train:a*+val" takes only files of train that match a*.
-        augmentation: for training.
+        augmentation: applied to each sample; None for full images.
 
     Raises DataError for no data, an image without its label or a label without its image, or a bad classes.json.
     """
@@ -201,7 +194,7 @@ _LAYOUTS = {  # folder of images, folder of labels, pattern of the files in both
 
 
 def find_samples(name: str, root: Path, split: str) -> tuple[list[Sample], list[str]]:
-    """The samples of one part of a split, and a line for every file without partner. Raises DataError."""
+    """The samples of one part of a split, and an error message for each unpaired file. Raises DataError."""
     split, _, wanted = split.partition(":")
     flat = name == "folder" and split in ("train", "val") and not any(p.is_dir() for p in root.glob("images/[!.]*"))
     gt, ids = "gtCoarse" if split == "train_extra" else "gtFine", _kind_of_ids(root)
@@ -235,13 +228,13 @@ def find_samples(name: str, root: Path, split: str) -> tuple[list[Sample], list[
 
 
 def _kind_of_ids(root: Path) -> str:
-    """What the label maps of a Cityscapes folder are called: train ids where there are no label ids."""
+    """Suffix of the label maps of a Cityscapes folder: labelTrainIds if there are no labelIds."""
     maps = (any(root.glob(f"gt*/*/*/*_{kind}.png")) for kind in ("labelIds", "labelTrainIds"))
     return "labelTrainIds" if tuple(maps) == (False, True) else "labelIds"
 
 
 def _list_files(folder: Path, pattern: str, end: str) -> dict[str, Path]:
-    """Image files by their path below the folder without end or suffix. Raises DataError where two have the same."""
+    """Image files by their relative path without end or suffix. Raises DataError for duplicates."""
     files: dict[str, Path] = {}
     for path in sorted(folder / found for found in glob.glob(pattern + end, root_dir=folder, recursive=True)):
         if path.suffix.lower() in IMAGE_SUFFIXES:
@@ -269,7 +262,7 @@ def read_classes(name: str, root: Path) -> tuple[Classes, bytes]:
     path, form = root / "classes.json", 'write e.g. {"names": ["background", "road"], "values": [0, 255]}'
     try:
         return _parse_classes(json.loads(path.read_text("utf-8-sig")))
-    except (AttributeError, OSError, TypeError, ValueError) as error:  # of another type than expected, too
+    except (AttributeError, OSError, TypeError, ValueError) as error:  # JSON of other types, too
         raise DataError(f"{path}: {error}; {form}") from None
 
 
@@ -283,7 +276,7 @@ def _parse_classes(content: object) -> tuple[Classes, bytes]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
         raise ValueError("names must be a list of non-empty strings")
     if not 2 <= len(set(names)) == len(names) <= UNKNOWN:
-        raise ValueError(f"{len(names)} names, expected 2 to {UNKNOWN} different ones; the background is a class, too")
+        raise ValueError(f"expected 2 to {UNKNOWN} distinct names, got {len(names)}; the background is a class, too")
     colours = _bytes("colours", content.get("colours", _distinct_colours(len(names))), 3)
     values = content.get("values", content.get("colours") if channels == 3 else [*range(len(names))])
     if not isinstance(values, list) or not len(values) == len(colours) == len(names):
@@ -299,12 +292,12 @@ def _bytes(key: str, value: object, channels: int) -> np.ndarray:
     """(N, channels) numbers from one or several values of a key in classes.json. Raises ValueError."""
     numbers = np.array(value)
     if numbers.size and (numbers.dtype.kind != "i" or numbers.min() < 0 or numbers.max() > 255):
-        raise ValueError(f"{key} must be numbers of 0 to 255, or [red, green, blue] of these, not {value}")
+        raise ValueError(f"{key} must be integers from 0 to 255, or [red, green, blue], not {value}")
     return numbers.astype(int).reshape(-1, channels)
 
 
 def _distinct_colours(count: int) -> list[list[int]]:
-    """Colours that look different: each is the one of a grid that is farthest in CIELAB from black and those before."""
+    """Colours that look different: each is the grid colour farthest in CIELAB from black and the earlier ones."""
     grid = 36 * np.indices((8, 8, 8)).reshape(3, -1).T
     to_xyz = np.array([[0.434, 0.213, 0.018], [0.376, 0.715, 0.109], [0.190, 0.072, 0.873]])  # white is (1, 1, 1)
     lab = np.cbrt((grid / 255) ** 2.2 @ to_xyz) @ np.array([[0, 500, 0], [116, -500, 200], [0, 0, -200]])
@@ -316,7 +309,7 @@ def _distinct_colours(count: int) -> list[list[int]]:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Reads an RGB image, upright as its Exif orientation says, without its transparency.
+    """Reads an RGB image, rotated by its Exif orientation, without its transparency.
 
     Raises DataError if it is missing, damaged (only PNG has checksums), or has more than 8 bits per channel.
     """
@@ -329,7 +322,7 @@ def read_image(path: str | Path) -> Image.Image:
 def read_label(path: str | Path, table: bytes) -> np.ndarray:
     """Reads a label map as (H, W) uint8 train ids, upright like its image. `table` is a `label_table`.
 
-    Raises DataError if it is missing or damaged, its format or mode does not keep class ids, or a value is UNKNOWN.
+    Raises DataError if it is missing or damaged, its format or mode cannot store values exactly, or one is UNKNOWN.
     """
     label, by_colour = _load(path), len(table) > 256
     if label.format not in ("PNG", "BMP"):
@@ -347,7 +340,7 @@ def read_label(path: str | Path, table: bytes) -> np.ndarray:
     if unknown.any():
         found, counts = np.unique(values[unknown], return_counts=True)
         if len(found) > 24:
-            what = f"{len(found)} values on {unknown.mean():.1%} of the pixels are no class, as after smoothing or JPEG"
+            what = f"{len(found)} values on {unknown.mean():.1%} of the pixels are no class, as by interpolation"
             raise DataError(f"{path}: {what}; export the label maps with nearest neighbour, as PNG")
         most = found[np.argsort(-counts)][:5].tolist()
         shown = [[*value.to_bytes(3, "big")] if by_colour else value for value in most]
@@ -366,7 +359,7 @@ def _load(path: str | Path) -> Image.Image:
             image.load()
     except MemoryError:  # not the fault of the file
         raise
-    except Exception as error:  # Pillow's decoders raise many kinds
+    except Exception as error:  # Pillow's decoders raise many exception types
         raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())}); replace or remove it") from error
     with contextlib.suppress(Exception):  # damaged Exif data raise many kinds of errors; viewers ignore them
         ImageOps.exif_transpose(image, in_place=True)
@@ -382,8 +375,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 class SegmentationDataset(Dataset):
     """Images and label maps, as ((H, W, 3) uint8 RGB, (H, W) uint8 train ids).
 
-    Without augmentation `dataset[index]` is a full image and its label; with one, a random crop. A crop of the keys
-    that TrainBatches yields, `dataset[epoch, position, index]`, depends only on the key and the augmentation's seed.
+    Without augmentation `dataset[index]` is a full image and its label; with one, a random crop. The keys of
+    TrainBatches, `dataset[epoch, position, index]`, and the augmentation's seed determine a crop completely.
     """
 
     samples: list[Sample]
@@ -414,7 +407,7 @@ class SegmentationDataset(Dataset):
         return image, label
 
     def count_pixels(self, index: int) -> np.ndarray:
-        """(256,) pixels of each train id in a label map; its image is read, too."""
+        """(256,) pixels per train id of a label map; also reads its image, as a check."""
         _, label = self.cache[index] if self.cache else self.read(index)
         return np.bincount(label.ravel(), minlength=256)
 
@@ -423,20 +416,20 @@ class SegmentationDataset(Dataset):
         sample = self.samples[index]
         values = np.asarray(_load(sample.instances)).astype(np.int64)
         if values.ndim != 2 or values.max() >= 34000:
-            raise DataError(f"{sample.instances}: no map of instances (label id x 1000 + number); replace or remove it")
+            raise DataError(f"{sample.instances}: not an instance map (label id x 1000 + number); replace or remove it")
         train_ids = np.frombuffer(self.table, np.uint8)[values // 1000].astype(np.int64)
         is_instance = (values > 1000) & (train_ids < UNKNOWN)
         return torch.from_numpy(np.where(is_instance, 1000 * train_ids + values % 1000, -1))
 
 
-def label_fault(dataset: SegmentationDataset, counts: np.ndarray, every_class: bool = False) -> str | None:
-    """What is wrong with the labels of a split, given their `count_pixels`; `every_class`: all have to occur."""
+def label_problem(dataset: SegmentationDataset, counts: np.ndarray, every_class: bool = False) -> str | None:
+    """What is wrong with the labels of a split, given their `count_pixels`; `every_class`: all must occur."""
     names, table = dataset.classes.names, dataset.table
     absent = [i for i in range(len(names)) if not counts[i]]
     if len(absent) == len(names):
         return f"no pixel has a label; label some, or look at what classes.json ignores: {values_of(table, IGNORE)}"
     if dataset.classes == CITYSCAPES and not counts[6:UNKNOWN].any():
-        return "no label id above 18 in *_labelIds.png, so they hold train ids; call them *_labelTrainIds.png"
+        return "no label id above 18 in *_labelIds.png, so they hold train ids; rename them to *_labelTrainIds.png"
     if absent and every_class:
         found = values_of(table, *[i for i in (*range(len(names)), IGNORE) if counts[i]])
         what = f"values {str(found)[1:-1]} occur; class {names[absent[0]]!r} {values_of(table, absent[0])} has no pixel"
@@ -445,15 +438,15 @@ def label_fault(dataset: SegmentationDataset, counts: np.ndarray, every_class: b
 
 
 def normalise(images: Tensor) -> Tensor:
-    """(N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32 of about zero mean and unit variance, channels_last in memory."""
+    """(N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32, normalised with ImageNet's mean and deviation, channels_last."""
     mean, std = _on_device(MEAN, images.device), _on_device(STD, images.device)
     return ((images - 255 * mean) / (255 * std)).permute(0, 3, 1, 2)
 
 
 @functools.cache
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A constant, copied once: every copy from the host would wait for the device."""
-    with torch.inference_mode(False):  # training uses it, too
+    """A cached constant: copying it each time would synchronise with the device."""
+    with torch.inference_mode(False):  # a normal tensor, for training
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
@@ -465,17 +458,17 @@ class Augmentation:
     """Section 4.1: random resize, crop, horizontal flip, channel noise and brightness."""
 
     crop_hw: tuple[int, int]  # height and width of the crop in pixels; padding has the mean colour and is ignored
-    scale_range: tuple[float, float] = (0.5, 2.0)  # of the factor by which the image is resized before the crop
+    scale_range: tuple[float, float] = (0.5, 2.0)  # of the random resize factor, before the crop
     flip: bool = True  # mirror half of the crops
     brightness: float = 0.3  # the image is multiplied by a factor in [1 - brightness, 1 + brightness]
     channel_noise: float = 0.1  # and every channel by a factor in [1 - channel_noise, 1 + channel_noise]
     # Beyond the paper, and off by default:
-    contrast: float = 0.0  # and so is the distance to medium grey, by [1 - contrast, 1 + contrast]
-    saturation: float = 0.0  # and the distance to the grey of the same luma, by [1 - saturation, 1 + saturation]
+    contrast: float = 0.0  # factor of the distance to medium grey, in [1 - contrast, 1 + contrast]
+    saturation: float = 0.0  # factor of the distance to the pixel's grey, in [1 - saturation, 1 + saturation]
     hue: float = 0.0  # colours are rotated about the grey axis by an angle in [-hue, hue], in degrees
-    max_class_share: float = 1.0  # a crop is drawn again, up to 10 times, if one class has more of its labelled pixels
+    max_class_share: float = 1.0  # draw again, 10 times in all, if a class has more of the labelled pixels
     half_epochs: int = 0  # up to this epoch, counted from 1, crops and resize factors are half as large
-    seed: int = 0  # of the random numbers, together with the key of the sample
+    seed: int = 0  # seeds the generator, with the key of the sample
 
     def __call__(self, image, label: np.ndarray, key: Sequence[int]) -> tuple[Image.Image, Image.Image]:
         """The crop of an RGB image (PIL or (H, W, 3) uint8) and its (H, W) uint8 label map.
@@ -509,13 +502,13 @@ class Augmentation:
 
 
 class Span(NamedTuple):
-    """The rows, or the columns, of a crop, and the part of the image that it shows; all in pixels."""
+    """One axis of a crop and the part of the image that it shows, in pixels."""
 
     size: int  # of the crop
     offset: int  # where the image begins in the crop; outside of it is padding
     length: int  # of the image in the crop
-    visible: tuple[float, float]  # part of the image that is resized to this length
-    needed: slice  # pixels of the image that resizing this part needs
+    visible: tuple[float, float]  # interval of the image that is resized to `length`
+    needed: slice  # pixels of the image that the resize reads
 
 
 def draw_span(rng: np.random.Generator, image_size: int, resized_size: int, crop_size: int) -> Span:
@@ -526,13 +519,13 @@ def draw_span(rng: np.random.Generator, image_size: int, resized_size: int, crop
     first, last = max(start, 0), min(start + crop_size, resized_size)
     scale = image_size / resized_size
     visible = first * scale, min(last * scale, image_size)
-    reach = max(1, scale) + 1  # of the resizing filter
+    reach = max(1, scale) + 1  # support of the filter
     needed = slice(max(0, int(visible[0] - reach)), min(image_size, int(visible[1] + reach) + 1))
     return Span(crop_size, first - start, last - first, visible, needed)
 
 
 def largest_share(label: np.ndarray, rows: Span, columns: Span) -> float:
-    """Share of the labelled pixels in a crop that its most frequent class has, by every eighth row and column."""
+    """Share of the most frequent class in a crop's labelled pixels, from every eighth row and column."""
     counts = np.bincount(label[rows.needed, columns.needed][::8, ::8].ravel(), minlength=IGNORE + 1)[:IGNORE]
     return counts.max() / max(1, counts.sum())
 
@@ -567,7 +560,7 @@ def recolour(image: Image.Image, colour: np.ndarray) -> Image.Image:
 
 
 def free_memory() -> int:
-    """Bytes of main memory that this process may still take, from Linux and its containers; 2 ** 63 if unknown."""
+    """Bytes of main memory that this process may still take, from /proc/meminfo and cgroups; 2 ** 63 if unknown."""
     free = 2**63
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -579,7 +572,7 @@ def free_memory() -> int:
 
 
 def cache_bytes(dataset: SegmentationDataset) -> list[int]:
-    """Bytes of every decoded image with its label map, from the headers of the files."""
+    """Decoded size of each image and label map in bytes, from the headers of the files."""
     sizes = []
     for sample in dataset.samples:
         with Image.open(sample.image, formats=IMAGE_FORMATS) as image:
@@ -590,10 +583,10 @@ def cache_bytes(dataset: SegmentationDataset) -> list[int]:
 class RamCache:
     """A dataset's decoded images and label maps, in memory that all processes and workers of this machine share.
 
-    `cache[index]` gives views, (H, W, 3) uint8 RGB and (H, W) uint8 train ids. Unpickled, also by another process, it
-    is the same memory, as long as the process that built it lives.
+    `cache[index]` gives views, (H, W, 3) uint8 RGB and (H, W) uint8 train ids. Unpickling it maps the same memory, in
+    other processes, too, while the one that built it lives.
 
-    Decodes `threads` images at once. Raises DataError for too little memory, before that, and for unreadable files.
+    Decodes in `threads` threads. Raises DataError for too little memory, before decoding, and for unreadable files.
     """
 
     def __init__(self, dataset: SegmentationDataset, threads: int = 4):
@@ -633,9 +626,9 @@ class RamCache:
 
 
 def cache_in_ram(datasets: Sequence[SegmentationDataset]) -> str:
-    """Gives datasets a RamCache, built by the first process of a machine and shared by the others; returns a log line.
+    """Sets `dataset.cache`, built by local rank 0 and shared by the other processes; returns a log line.
 
-    Datasets after the first are cached if memory is left for them. Under torchrun all processes call this.
+    Datasets after the first are cached if a fifth of the free memory is left. Under torchrun all processes call this.
     """
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     caches: list[RamCache] = []
@@ -657,7 +650,7 @@ class TrainBatches(Sampler):
     """Batch sampler: yields this process's share of every global batch, as (epoch, position, index) keys.
 
     The global batches do not depend on the number of processes. If the number of samples is not a multiple of the batch
-    size, every epoch leaves out other samples; if it is smaller, samples are repeated to fill one batch.
+    size, each epoch drops other samples; if it is smaller, samples are repeated to fill one batch.
     """
 
     def __init__(self, num_samples: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1):
@@ -669,7 +662,7 @@ class TrainBatches(Sampler):
         self.epoch, self.first = 0, 0
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """Chooses the epoch of the next iteration, and the batch of it to start with."""
+        """Sets the epoch and the first batch of the next iteration."""
         self.epoch, self.first = epoch, first
 
     def __len__(self) -> int:
@@ -684,17 +677,17 @@ class TrainBatches(Sampler):
             yield [(self.epoch, position, order[position]) for position in range(start, start + self.share)]
 
 
-def ignore_interrupts(_worker_id: int) -> None:
+def init_worker(_worker_id: int) -> None:
     """worker_init_fn of a DataLoader: Ctrl-C and SIGTERM reach its workers, too, but the main process handles them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # after 5 s the main process has saved; if it is gone, this one ends, too
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
+    if hasattr(signal, "alarm"):  # the main process has 30 s to finish its step and save, as torchrun gives it
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def train_loader(dataset: SegmentationDataset, batch_size: int, *, workers: int = 0, **sampling: int) -> DataLoader:
     """This process's share of augmented batches: (N, H, W, 3) uint8 RGB and (N, H, W) uint8 train ids.
 
-    `sampling` is seed, rank and world_size of its batch_sampler, a TrainBatches; call `set_epoch` before every epoch.
+    `sampling`: seed, rank and world_size of TrainBatches. Call `loader.batch_sampler.set_epoch` before each epoch.
     """
     return DataLoader(
         dataset,
@@ -702,6 +695,6 @@ def train_loader(dataset: SegmentationDataset, batch_size: int, *, workers: int 
         num_workers=workers,
         pin_memory=torch.accelerator.is_available(),
         persistent_workers=workers > 0,
-        worker_init_fn=ignore_interrupts,
-        generator=torch.Generator(),  # without its own, it would draw from the training's random numbers
+        worker_init_fn=init_worker,
+        generator=torch.Generator(),  # keeps the loader off the global generator
     )

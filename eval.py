@@ -3,7 +3,7 @@
     python eval.py --weights runs/checkpoints/best_model.pth                      # Cityscapes val
     python eval.py --weights W --dataset camvid --data datasets/camvid --sheet sheet.png
     python eval.py --weights W --scales 0.75 1 1.25 --flip                        # test-time averaging
-    torchrun --nproc_per_node=8 eval.py --weights W                               # shares the images out
+    torchrun --nproc_per_node=8 eval.py --weights W                               # on 8 devices
 
 Prints a table, then one JSON object as the last line on stdout.
 """
@@ -15,7 +15,7 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,7 +34,7 @@ from data import (
     Classes,
     DataError,
     SegmentationDataset,
-    ignore_interrupts,
+    init_worker,
     normalise,
     open_dataset,
 )
@@ -52,31 +52,29 @@ def evaluate(
     workers: int = 2,
     rank: int = 0,
     world_size: int = 1,
-    progress: bool = True,
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Predicts every image of a split exactly once, in one of the processes. Raises DataError for a bad file.
+    """Predicts each image of a split once, split across the processes. Raises DataError for a bad file.
 
     Args:
-        segment: from (1, H, W, 3) uint8 RGB to (1, H, W) uint8 labels, as `ops_ext.accelerate` makes it.
+        segment: from (1, H, W, 3) uint8 RGB to (1, H, W) uint8 train ids, as `ops_ext.accelerate` makes it.
         dataset: the split; images may differ in size.
-        workers: processes that decode images, for each process.
+        workers: DataLoader workers per process.
         rank, world_size: this process takes the images rank, rank + world_size, ...
-        progress: show a progress bar on a terminal.
 
     Yields:
         index in the dataset; image (H, W, 3), label (H, W) and, on the network's device, prediction (H, W), all uint8.
     """
     indices = range(rank, len(dataset), world_size)
-    # Not DistributedSampler, which counts some images twice to give every process as many.
+    # Not DistributedSampler, which repeats images to give each process as many.
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_size=1,
         sampler=indices,
         num_workers=min(workers, len(indices)),
-        worker_init_fn=ignore_interrupts,
-        generator=torch.Generator(),  # without its own, it would draw from the training's random numbers
+        worker_init_fn=init_worker,
+        generator=torch.Generator(),  # keeps the loader off the global generator
     )
-    bar = tqdm(loader, "evaluation", unit="image", leave=False, disable=None if progress and rank == 0 else True)
+    bar = tqdm(loader, "evaluation", unit="image", leave=False, disable=None if rank == 0 else True)
     for index, (image, label) in zip(indices, bar):
         height, width = label.shape[1:]
         if min(height, width) < MIN_SIZE:
@@ -86,7 +84,7 @@ def evaluate(
 
 
 class AveragedNetwork:
-    """Labels from the class probabilities averaged over scales and mirrored images.
+    """Test-time averaging of class probabilities over scales and mirrored images.
 
     Args:
         model: the network.
@@ -148,7 +146,7 @@ def sliding_window(network: Callable[[Tensor], Tensor], x: Tensor, window: Seque
 
 
 def window_starts(side: int, size: int) -> list[int]:
-    """First pixels of the windows of `size` pixels that cover `side` pixels evenly."""
+    """Start offsets of evenly spaced windows of `size` pixels that cover `side` pixels."""
     steps = math.ceil((side - size) / max(1, size * 2 // 3))
     return [round(i * (side - size) / max(1, steps)) for i in range(steps + 1)]
 
@@ -158,13 +156,13 @@ def window_starts(side: int, size: int) -> list[int]:
 
 def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
     """(num_classes, num_classes) int64 counts of labelled pixels; rows are the truth, columns the prediction."""
-    code = label.to(prediction.device).long() * num_classes + prediction  # of ignored pixels, beyond the classes' codes
+    code = label.to(prediction.device).long() * num_classes + prediction  # beyond the last class for ignored pixels
     counts = torch.bincount(code.flatten(), minlength=(IGNORE + 1) * num_classes)
     return counts[: num_classes**2].view(num_classes, num_classes)
 
 
 def metrics(confusion: Tensor, classes: Classes) -> dict:
-    """The benchmark's figures, in [0, 1]; None for a class in neither truth nor prediction, which no mean counts.
+    """Metrics in [0, 1]; None for a class in neither truth nor prediction, which the means skip.
 
     Args:
         confusion: (C, C) int64, rows are the truth.
@@ -196,13 +194,13 @@ def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
     return np.divide(true_positive, union, out=np.full(len(confusion), np.nan), where=union > 0)
 
 
-def by_name(names: Sequence[str], values: Sequence[float]) -> dict[str, float | None]:
+def by_name(names: Iterable[str], values: Iterable[float]) -> dict[str, float | None]:
     """{name: value}, None for NaN, which JSON does not have."""
     return {name: None if np.isnan(value) else float(value) for name, value in zip(names, values)}
 
 
-def mean_or_none(values: Sequence[float]) -> float | None:
-    """Mean of what is not NaN."""
+def mean_or_none(values: Iterable[float]) -> float | None:
+    """Mean of the values that are not NaN; None if there are none."""
     present = [value for value in values if not np.isnan(value)]
     return float(np.mean(present)) if present else None
 
@@ -229,10 +227,10 @@ class InstanceScores:
         names, categories = CITYSCAPES.names, CITYSCAPES.categories
         category_names = list(dict.fromkeys(categories))
         self.category = torch.tensor([category_names.index(each) for each in categories])  # (C,) of each class
-        without = {category for name, category in zip(names, categories) if name not in self.AVERAGE_PIXELS}
-        self.categories = {name: i for i, name in enumerate(category_names) if name not in without}
+        mixed = {category for name, category in zip(names, categories) if name not in self.AVERAGE_PIXELS}
+        self.categories = {name: i for i, name in enumerate(category_names) if name not in mixed}
         self.average = torch.tensor([self.AVERAGE_PIXELS.get(name, 0.0) for name in names], dtype=torch.float64)
-        # Weighted pixels of each class: all, those of the right class, those of the right category.
+        # Weighted pixels of each class: all, of the correct class, of the correct category.
         self.weighted = torch.zeros(len(names), 3, dtype=torch.float64)
 
     def add(self, prediction: Tensor, instances: Tensor) -> None:
@@ -261,7 +259,7 @@ class InstanceScores:
             member = self.category == number
             false_positive = confusion[~member][:, member].sum()
             every, _, right = self.weighted[member].sum(0)
-            categories[name] = (right / (every + false_positive)).item()  # 0 / 0 is NaN: it does not occur
+            categories[name] = (right / (every + false_positive)).item()  # NaN if the category does not occur
         return {
             "miiou": mean_or_none(classes.values()),
             "class_iiou": by_name(classes.keys(), classes.values()),
@@ -288,7 +286,7 @@ class SplitScores:
         return confusion
 
     def metrics(self, world_size: int = 1) -> dict:
-        """Those of the images of all processes, each of which calls this."""
+        """Metrics over all processes, each of which calls this once."""
         self.confusion = sum(gathered([self.confusion], world_size))
         result = metrics(self.confusion, self.dataset.classes)
         if self.instances:
@@ -322,7 +320,7 @@ def percent(value: float | None) -> str:
 
 
 def contact_sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], width: int = 384) -> Image.Image:
-    """Pictures in rows, each `width` pixels wide, below the captions of the columns."""
+    """Rows of pictures, each `width` pixels wide, with a caption for each column."""
     gap, header = 4, 20
     heights = [max(1, round(width * row[0].height / row[0].width)) for row in rows]
     size = gap + len(captions) * (width + gap), header + sum(height + gap for height in heights)
@@ -349,8 +347,8 @@ def write_submission(dataset: SegmentationDataset, index: int, prediction: Tenso
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def add_protocol_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which weights are evaluated on which images, and how."""
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags for weights, data and protocol."""
     add = parser.add_argument
     add(
         "--weights",
@@ -358,7 +356,7 @@ def add_protocol_flags(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="checkpoint of train.py, or of Tramac, SegmenTron, MMSegmentation",
     )
-    add("--dataset", help="cityscapes, camvid or folder (default: the dataset of the weights' classes)")
+    add("--dataset", help="cityscapes, camvid or folder (default: by the classes of the weights)")
     add("--data", metavar="ROOT", help="the dataset's folder (default: datasets/NAME)")
     add("--split", default="val", help="split to evaluate, or several joined by + (default: %(default)s)")
     add("--scales", type=float, nargs="+", default=[1.0], metavar="S",
@@ -375,7 +373,7 @@ def add_protocol_flags(parser: argparse.ArgumentParser) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of eval.py."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_protocol_flags(parser)
+    add_evaluation_flags(parser)
     parser.add_argument("--submit", metavar="DIR", help="also write the predictions for Cityscapes' evaluation server")
     parser.add_argument("--sheet", metavar="FILE", help="also write a picture of 6 images: image | truth | prediction")
     return parser
@@ -385,9 +383,9 @@ def open_for_evaluation(args: argparse.Namespace) -> tuple[dict, FastSCNN, Segme
     """The checkpoint, its network and the split that the flags name; fills in args.dataset and args.data."""
     checkpoint = read_checkpoint(args.weights)
     names = checkpoint.get("classes", {}).get("names")
-    known = {"cityscapes": CITYSCAPES, "camvid": CAMVID}  # the weights of other projects name no classes: Cityscapes
-    of_names = next((name for name, classes in known.items() if names in (None, list(classes.names))), "folder")
-    args.dataset = args.dataset or of_names
+    known = {"cityscapes": CITYSCAPES, "camvid": CAMVID}  # other projects' weights have no names: assume Cityscapes
+    inferred = next((name for name, classes in known.items() if names in (None, list(classes.names))), "folder")
+    args.dataset = args.dataset or inferred
     args.data = args.data or f"datasets/{args.dataset}"
     dataset = open_dataset(args.dataset, args.data, args.split)
     expected = list(dataset.classes.names)
@@ -395,15 +393,17 @@ def open_for_evaluation(args: argparse.Namespace) -> tuple[dict, FastSCNN, Segme
     if names not in (None, expected):
         was, now = next(pair for pair in zip(names, expected) if pair[0] != pair[1])
         raise CheckpointError(
-            f"{args.weights}: its classes differ, {was!r} where {args.data} has {now!r}; use its dataset"
+            f"{args.weights}: its classes differ, {was!r} where {args.data} has {now!r}; use its own dataset"
         )
     return checkpoint, model, dataset
 
 
 def make_segment(args: argparse.Namespace, model: FastSCNN, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """From (N, H, W, 3) uint8 RGB to (N, H, W) uint8 labels, by the protocol of the flags."""
+    """From (N, H, W, 3) uint8 RGB to (N, H, W) uint8 labels, as set by the flags."""
     if not all(0 < scale <= 16 for scale in args.scales):
-        raise UsageError(f"--scales {' '.join(map(str, args.scales))}: expected factors above 0, such as 0.75 1.0 1.25")
+        raise UsageError(
+            f"--scales {' '.join(map(str, args.scales))}: expected factors from 0 to 16, such as 0.75 1.0 1.25"
+        )
     if args.window and min(args.window) < MIN_SIZE:
         raise UsageError(f"--window {args.window[0]} {args.window[1]}: expected at least {MIN_SIZE} pixels each")
     precision = fast_precision(device) if args.amp == "auto" else AMP_DTYPES[args.amp] or torch.float32

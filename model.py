@@ -151,7 +151,7 @@ def pooling_matrix(size: int, bins: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 class PyramidPooling(nn.Module):
-    """Pyramid pooling of PSPNet: concatenates the input with its averages over 1, 2, 3 and 6 bins, then a 1x1 convolution.
+    """Pyramid pooling of PSPNet: a 1x1 convolution of the input beside its averages over 1, 2, 3 and 6 bins.
 
     The averages equal `F.adaptive_avg_pool2d`. They are taken for all bins at once by two small matrix products, which,
     unlike adaptive pooling, export to ONNX and other runtimes at any input size.
@@ -301,7 +301,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     The dict holds `model` (a state dict), `model_args` (the arguments of FastSCNN) and what train.py saved beside them.
     A bare state dict or the file of another project is converted to these two keys.
 
-    Raises FileNotFoundError, or CheckpointError for a file that is damaged, no checkpoint, or has weights that are not finite.
+    Raises FileNotFoundError, or CheckpointError for a file that is damaged, no checkpoint, or not finite.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint; give the path of a .pth file")

@@ -4,13 +4,13 @@
     python train.py --dataset camvid --data datasets/camvid              # one process
     python train.py --resume auto                                        # continue from the newest checkpoint
 
-The defaults are the Cityscapes recipe, and mean the same on 1, 2, 4 and 8 processes: --batch-size counts the images of
+The defaults are for Cityscapes, and mean the same on 1, 2, 4 and 8 processes: --batch-size counts the images of
 all processes together, and the learning rate is proportional to it. Writes below --out: checkpoints/{epoch}.pth, which
 hold all that resuming needs, checkpoints/best_model.pth, logs/train.log for people and logs/metrics.jsonl for programs.
 
-The random numbers of a step depend on the seed, the step and the process alone, so an interrupted run that is resumed
-gives the same weights as one without interruption. SIGTERM and Ctrl-C finish the step, save, and exit with status 75; a
-second one exits at once.
+Random numbers depend only on seed, step and, for dropout, rank, so an interrupted run that is resumed gives the same
+weights as one without interruption. SIGTERM and Ctrl-C finish the step, save, and exit with status 75; a
+second one, if it comes more than a second later, exits at once.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from data import (
     DataError,
     SegmentationDataset,
     cache_in_ram,
-    label_fault,
+    label_problem,
     normalise,
     open_dataset,
     train_loader,
@@ -53,19 +53,19 @@ from launch import AMP_DTYPES, OneLineParser, UsageError, exit_status, memory_fo
 from model import VARIANTS, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint
 from ops_ext import accelerate, fast_precision, implementations, upsample_cross_entropy
 
-PAPER_BATCH = 12  # images, for which --base-lr is given
+PAPER_BATCH = 12  # batch size that --base-lr refers to
 POLY_POWER = 0.9
-WARMUP_STEPS = 200  # or a tenth of the run, where that is shorter
+WARMUP_STEPS = 200  # at most a tenth of the run
 MOMENTUM = 0.9
-AUX_WEIGHT = 0.4  # of each of the two auxiliary losses, section 4.1
+AUX_WEIGHT = 0.4  # of each auxiliary loss, section 4.1
 WEIGHT_DECAY = 4e-5
-MAX_SKIPPED = 25  # steps in a row without finite gradients; then the run ends
-UNFINISHED = "unfinished_epoch.pth"  # a checkpoint within an epoch; those at the end of one are {epoch}.pth
+MAX_SKIPPED = 25  # consecutive steps without finite gradients that end the run
+UNFINISHED = "unfinished_epoch.pth"  # mid-epoch checkpoint; those at the end of an epoch are {epoch}.pth
 STOPPED = 75  # exit status after a signal, once everything is saved: EX_TEMPFAIL, try again
 
 # What --recipe sets for each dataset; flags on the command line take precedence. "paper" is section 4.1. "best" is, for
-# CamVid and small data of one's own, what tests/benchmarks/recipes.py measured on CamVid; for Cityscapes, what others
-# measured: MMSegmentation's batch, rate and photometric distortion, and an average of the weights.
+# CamVid and small custom datasets, what tests/benchmarks/recipes.py measured on CamVid; for Cityscapes, published
+# settings: MMSegmentation's batch, rate and photometric distortion, and an average of the weights.
 # fmt: off
 PAPER = {"batch_size": 12, "base_lr": 0.045, "epochs": 1000, "scale_range": [0.5, 2.0]}
 SMALL = {
@@ -92,16 +92,16 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return value
 
-    parse.__name__ = kind.__name__  # which argparse names where the text is not a number
+    parse.__name__ = kind.__name__  # shown by argparse in its error
     return parse
 
 
 def loss_scale(text: str) -> str | float:
     """For argparse: "dynamic", or a number."""
-    return text if text == "dynamic" else float(text)
+    return text if text == "dynamic" else number(float, 1e-6)(text)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -114,54 +114,54 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data", metavar="ROOT", help="the dataset's folder (default: datasets/NAME)")
     add("--split", default="train", help="split to train on, or several joined by + (default: %(default)s)")
     add("--val-split", default="val", help="split to validate on (default: %(default)s)")
-    add("--crop-size", type=number(int, 32), nargs=2, default=[512, 1024], metavar=("H", "W"), help="crop in pixels")
+    add("--crop-size", type=number(int, 32), nargs=2, default=[512, 1024], metavar=("H", "W"), help="in pixels")
     add("--scale-range", type=number(float, 0.01, 100), nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"),
         help="random resize factor before the crop; narrow it for short runs (default: 0.5 2)")
     add("--colour-jitter", type=share, nargs=4, default=[0.3, 0.0, 0.0, 0.0], metavar=("B", "C", "S", "H"),
-        help="random brightness, contrast, saturation and hue, as in torchvision's ColorJitter (default: 0.3 0 0 0)")
+        help="random brightness, contrast, saturation and hue, ranges as of ColorJitter (default: 0.3 0 0 0)")
     add("--max-class-share", type=number(float, 0.01, 1), default=1.0, metavar="SHARE",
-        help="crop again, up to 10 times, where one class fills more of the crop than this (default: %(default)s)")
+        help="redraw a crop of which one class covers more than this, at most 9 times (default: %(default)s)")
     add("--half-resolution", type=share, default=0.0, metavar="SHARE",
-        help="share of the epochs, the first ones, with images and crops of half the size (default: %(default)s)")
+        help="train this share of the epochs, the first ones, at half resolution (default: %(default)s)")
     add("--workers", type=number(int, 0), default=min(4, os.cpu_count() or 1), metavar="N",
         help="decoding processes per training process; 0 decodes between steps (default: %(default)s)")
     add("--cache", choices=("none", "ram"), default="none",
-        help="ram keeps all images decoded, 4 bytes a pixel, in memory that processes share (default: %(default)s)")
+        help="ram keeps all images decoded, 4 bytes per pixel, in shared memory (default: %(default)s)")
 
     add = parser.add_argument_group("recipe").add_argument
-    add("--recipe", choices=RECIPES, help="set batch, rate and the rest as in the paper, or as is best for the dataset")
+    add("--recipe", choices=RECIPES, help="preset of flags: the paper's, or the best for the dataset")
     add("--epochs", type=count, default=1000, metavar="N", help="passes over the data (default: %(default)s)")
     add("--batch-size", type=count, default=16, metavar="N",
         help="images per step, of all processes together (default: %(default)s)")
     add("--base-lr", type=number(float, 0), default=0.045, metavar="LR",
-        help=f"learning rate for {PAPER_BATCH} images; used is LR x batch / {PAPER_BATCH} (default: %(default)s)")
-    add("--dropout", type=share, default=0.1, metavar="P", help="before the last layer (default: %(default)s)")
+        help=f"learning rate for {PAPER_BATCH} images; LR x batch / {PAPER_BATCH} is used (default: %(default)s)")
+    add("--dropout", type=share, default=0.1, metavar="P", help="dropout before the last layer (default: %(default)s)")
     add("--class-balance", type=number(float, 0), default=0.0, metavar="POWER",
-        help="weight classes by their share of the pixels to the power of -POWER, such as 0.5; it falls to a quarter "
-        "during the run (default: %(default)s)")
+        help="weight classes by their share of the pixels ** -POWER, such as 0.5; POWER falls to a quarter during the "
+        "run (default: %(default)s)")
     add("--ohem", type=number(float, 0, 0.99), default=0.0, metavar="P",
-        help="main loss over pixels whose true class has a probability below P, at least a sixteenth of all; 0 for all")
+        help="main loss only where the true class has a probability below P, or the hardest sixteenth; 0 is off")
     add("--ema", type=number(float, 0, 0.99999), default=0.0, metavar="DECAY",
-        help="validate and save an exponential moving average of the weights; 0 for the weights (default: %(default)s)")
-    add("--sync-bn", action=argparse.BooleanOptionalAction, default=True, help="batch normalisation over all devices")
+        help="validate and save an exponential moving average of the weights; 0 is off (default: %(default)s)")
+    add("--sync-bn", action=argparse.BooleanOptionalAction, default=True, help="synchronise batch statistics")
     add("--variant", choices=VARIANTS, default="paper", help="network variant (default: %(default)s)")
-    add("--init-weights", metavar="FILE", help="start from these weights, own or a peer's; classes are matched by name")
-    add("--seed", type=number(int, 0), default=0, metavar="N", help="of all random numbers (default: %(default)s)")
+    add("--init-weights", metavar="FILE", help="start from this checkpoint; classes are matched by name")
+    add("--seed", type=number(int, 0), default=0, metavar="N", help="random seed (default: %(default)s)")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cpu, cuda, ... (default: the machine's accelerator, else the CPU)")
-    add("--amp", choices=("auto", *AMP_DTYPES), default="auto", help="precision; auto is what the hardware is fast at")
-    add("--loss-scale", type=loss_scale, default="dynamic", metavar="{dynamic,128,...}", help="for fp16")
+    add("--amp", choices=("auto", *AMP_DTYPES), default="auto", help="precision; auto is the fastest of the device")
+    add("--loss-scale", type=loss_scale, default="dynamic", metavar="{dynamic,128,...}", help="of fp16")
 
     add = parser.add_argument_group("output").add_argument
     add("--out", default="runs", metavar="DIR", help="folder of checkpoints and logs (default: %(default)s)")
-    add("--resume", metavar="{auto,PATH}", help="continue from this checkpoint, or from the newest of --out")
-    add("--keep", type=count, default=3, metavar="N", help="numbered checkpoints kept (default: %(default)s)")
+    add("--resume", metavar="{auto,PATH}", help="continue from the newest checkpoint of --out, or from PATH")
+    add("--keep", type=count, default=3, metavar="N", help="checkpoints kept, beside the best (default: %(default)s)")
     add("--save-minutes", type=number(float, 0), default=10, metavar="N", help="also save this often (default: 10)")
     add("--val-every", type=count, default=10, metavar="N",
         help="epochs between validations, each with a checkpoint (default: %(default)s)")
     add("--log-every", type=count, default=20, metavar="N", help="steps between log lines (default: %(default)s)")
-    add("--tensorboard", action="store_true", help="also write the figures to DIR/logs for TensorBoard")
+    add("--tensorboard", action="store_true", help="also write the metrics to DIR/logs for TensorBoard")
     # fmt: on
     return parser
 
@@ -178,7 +178,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % world_size:
         fitting = [n * world_size for n in (args.batch_size // world_size, args.batch_size // world_size + 1) if n]
-        raise UsageError(f"--batch-size {args.batch_size} does not divide over {world_size} processes; use {fitting}")
+        raise UsageError(f"--batch-size {args.batch_size} is no multiple of {world_size} processes; use {fitting}")
     return args
 
 
@@ -203,15 +203,15 @@ def segmentation_loss(
 ) -> Tensor:
     """This process's part of the loss; the parts of all processes add up to the loss of the global batch.
 
-    Every mean is over the pixels of all processes, so the loss does not depend on how many share the batch. Only the
-    hardest sixteenth of `ohem` is found by each process for itself.
+    Means are over the pixels of all processes, so the loss does not depend on their number. Only the hardest sixteenth
+    of `ohem` is that of each process.
 
     Args:
         outputs: (N, C, h, w) logits of the main head, or a tuple of them and those of the auxiliary heads.
         target: (N, H, W) uint8 train ids.
-        align_corners: of the network's resizing.
+        align_corners: as in the network.
         world_size: number of processes.
-        class_weights: (C,) float32; None for 1.
+        class_weights: (C,) float32; None for no weights.
         ohem: the main loss is over pixels whose true class has a probability below this; 0 for all pixels.
     """
     main, *aux = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -240,21 +240,21 @@ def segmentation_loss(
 
 
 def hard_pixels(losses: Tensor, labelled: Tensor, probability: float) -> Tensor:
-    """(N, H, W) bool: where the true class has less than `probability`, and in any case the hardest sixteenth.
+    """(N, H, W) bool: where the true class has at most `probability`, and at least the hardest sixteenth.
 
-    The sixteenth is estimated from every fourth pixel of every fourth row. Nothing here waits for the device.
+    The sixteenth is estimated from every fourth pixel of every fourth row. Does not synchronise with the device.
     """
     sample = losses[:, ::4, ::4].where(labelled[:, ::4, ::4], -1.0).flatten()
     hardest = sample.topk(max(1, sample.numel() // 16), sorted=False).values.min()
     return losses >= hardest.clamp(max=-math.log(probability))
 
 
-def class_shares(dataset: SegmentationDataset, complete: bool = True, every_class: bool = False) -> Tensor:
-    """(C,) float64: each class's share of the labelled pixels, in all samples or in 20. Raises DataError."""
-    indices = np.linspace(0, len(dataset) - 1, len(dataset) if complete else 20).astype(int).tolist()
+def class_shares(dataset: SegmentationDataset, all_samples: bool = True, every_class: bool = False) -> Tensor:
+    """(C,) float64: share of each class in the labelled pixels of all, or of 20, samples. DataError for bad labels."""
+    indices = np.linspace(0, len(dataset) - 1, len(dataset) if all_samples else 20).astype(int).tolist()
     with ThreadPoolExecutor() as pool:
         counts = sum(pool.map(dataset.count_pixels, indices))
-    if problem := label_fault(dataset, counts, every_class):
+    if problem := label_problem(dataset, counts, every_class):
         raise DataError(f"{dataset.samples[0].label.parent}: {problem}")
     return torch.from_numpy(counts[: len(dataset.classes.names)] / counts[:IGNORE].sum())
 
@@ -274,11 +274,11 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     ids = {id(p) for p in decayed}
     others = [p for p in model.parameters() if id(p) not in ids]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    try:  # with fp16 only the fused optimiser does not wait for the device at each step
+    try:  # only the fused optimiser can skip a step without synchronising with the device
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, fused=True)
-    except RuntimeError:  # the device has none
+    except RuntimeError:  # the device has no fused one
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM)
-    for parameter in model.parameters():  # else a first step that is skipped leaves them uninitialised
+    for parameter in model.parameters():  # a skipped first step would leave them uninitialised
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
@@ -286,7 +286,7 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 class MovingAverage:
     """Exponential moving average of a network's parameters and statistics; `model` is the averaged network.
 
-    The decay of step t, counted from 1, is min(decay, t / (t + 9)), so that the first steps are soon forgotten.
+    The decay of step t, counted from 1, is min(decay, t / (t + 9)), so early weights decay quickly.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -297,13 +297,13 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """To be called after each step of the optimiser."""
+        """Call after each step of the optimiser."""
         self.steps += 1
         torch._foreach_lerp_(*self.pairs, 1 - min(self.decay, self.steps / (self.steps + 9)))
 
 
-def join_running_statistics(model: nn.Module) -> Tensor:
-    """One tensor of which the running means and variances of the network's batch normalisation become views."""
+def flatten_running_statistics(model: nn.Module) -> Tensor:
+    """Makes the running statistics of all batch normalisation views of one tensor, and returns that."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
     places = [(norm, name) for norm in norms for name in ("running_mean", "running_var")]
     parts = [getattr(norm, name) for norm, name in places]
@@ -319,8 +319,8 @@ def init_weights(model: FastSCNN, class_names: Sequence[str], path: str) -> str:
     source = build_from_checkpoint(checkpoint, path)
     if source.args["variant"] != model.args["variant"]:
         raise CheckpointError(f"{path}: is of variant {source.args['variant']}; use --variant {source.args['variant']}")
-    unnamed = list(class_names) if source.args["num_classes"] == len(class_names) else []  # taken to be the same
-    names = checkpoint.get("classes", {}).get("names", unnamed)
+    assumed = list(class_names) if source.args["num_classes"] == len(class_names) else []  # file without names
+    names = checkpoint.get("classes", {}).get("names", assumed)
     rows = [(i, names.index(name)) for i, name in enumerate(class_names) if name in names]
     weights = source.state_dict()
     with torch.no_grad():
@@ -339,7 +339,7 @@ def init_weights(model: FastSCNN, class_names: Sequence[str], path: str) -> str:
 
 
 class Log:
-    """Lines for people on stdout and in train.log, records for programs in metrics.jsonl; without a folder nothing."""
+    """Lines for people on stdout and in train.log, records for programs in metrics.jsonl; without a folder none."""
 
     def __init__(self, folder: Path | None, tensorboard: bool = False):
         self.files, self.board = [], None
@@ -370,21 +370,21 @@ class Log:
 
 
 class Stopped(BaseException):
-    """A signal ended the training after everything was saved; as KeyboardInterrupt, not an Exception."""
+    """Raised after a signal, once everything is saved; like KeyboardInterrupt, no Exception."""
 
 
 class Signals:
-    """What all processes do after a step: continue, save, or, after SIGTERM or SIGINT, save and stop.
+    """Decides after each step, for all processes: continue, save, or, after SIGTERM or SIGINT, save and stop.
 
     A second signal exits at once, unless it follows within a second: torchrun passes on the Ctrl-C that the terminal
-    has sent already. Processes agree by a reduction on the host during the next step, so all act after the same step.
+    has sent already. An all-reduce on the host, during the next step, makes all act after the same step.
     """
 
     CONTINUE, SAVE, STOP = range(3)
 
     def __init__(self, rank: int, world_size: int, save_minutes: float):
         self.rank, self.save_s = rank, 60 * save_minutes
-        self.group = dist.new_group(backend="gloo") if world_size > 1 else None  # the hosts': no device waits for it
+        self.group = dist.new_group(backend="gloo") if world_size > 1 else None  # on the host, without the device
         self.received: str | None = None  # name of the signal
         self.received_at = self.saved_at = time.monotonic()
         self.pending: tuple[dist.Work, Tensor] | None = None
@@ -401,17 +401,17 @@ class Signals:
     def after_step(self) -> int:
         """CONTINUE, SAVE or STOP, the same in every process."""
         if self.group is None:
-            return self.wanted()
+            return self.request()
         verdict = self.CONTINUE
         if self.pending:
-            work, wanted = self.pending
+            work, request = self.pending
             work.wait()
-            verdict = int(wanted)
-        wanted = torch.tensor(self.wanted(), dtype=torch.int32)
-        self.pending = (dist.all_reduce(wanted, dist.ReduceOp.MAX, self.group, async_op=True), wanted)
+            verdict = int(request)
+        request = torch.tensor(self.request(), dtype=torch.int32)
+        self.pending = (dist.all_reduce(request, dist.ReduceOp.MAX, self.group, async_op=True), request)
         return verdict
 
-    def wanted(self) -> int:
+    def request(self) -> int:
         """What this process asks for."""
         if self.received:
             return self.STOP
@@ -425,9 +425,9 @@ class Signals:
 
 
 class Run:
-    """A training: its data, the network, the optimiser. Every process makes one.
+    """State of a training in one process: data, network, optimiser.
 
-    `ddp` is the network as DistributedDataParallel wraps it, or itself; `statistics` are the running statistics of its
+    `ddp` is the network, wrapped if there are several processes; `statistics` are the running statistics of its
     batch normalisation; `evaluated` is the network that is validated and saved: the average of --ema, or `model`.
     """
 
@@ -441,11 +441,11 @@ class Run:
             train_set, args.batch_size, workers=args.workers, seed=args.seed, rank=rank, world_size=world_size
         )
         self.steps_per_epoch, self.image_hw = len(self.loader), list(train_set.read(0)[1].shape)
-        own = args.dataset == "folder"  # is read completely before the first step, of others 20 samples
+        own = args.dataset == "folder"  # check every sample before the first step, of known datasets 20
         if rank == 0:
             self.shares = class_shares(train_set, own or args.class_balance > 0, every_class=own)
-            class_shares(val_set, own)
-        self.shares = from_rank_0(self.shares if rank == 0 else None)  # of the classes in the training pixels
+            class_shares(val_set, own)  # only checks the labels
+        self.shares = from_rank_0(self.shares if rank == 0 else None)  # frequencies of the classes in the training set
         names = train_set.classes.names
         torch.manual_seed(args.seed)
         self.model = FastSCNN(len(names), variant=args.variant, aux=True, dropout=args.dropout)
@@ -454,10 +454,10 @@ class Run:
         self.model.to(device, memory_format=memory_format(device))
         self.syncs_bn = world_size > 1 and args.sync_bn and device.type != "cpu"
         if args.batch_size == world_size and not self.syncs_bn:
-            raise UsageError(f"--batch-size {args.batch_size} is one image a process, too few for batch normalisation")
+            raise UsageError(f"--batch-size {args.batch_size} is one per process, too few for batch normalisation")
         if self.syncs_bn:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # before the DDP wrap
-        self.statistics = join_running_statistics(self.model)
+        self.statistics = flatten_running_statistics(self.model)
         self.ddp = self.model
         if world_size > 1:
             device_ids = None if device.type == "cpu" else [device.index]
@@ -473,7 +473,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, init_scale=self.fixed_scale or 65536.0)
 
     def description(self) -> list[str]:
-        """The first lines of a log: everything that decides what this run will do."""
+        """The first lines of the log: code, flags, device, batch, data."""
         args, share = self.args, self.args.batch_size // self.world_size
         flags = " ".join(f"{name}={value}" for name, value in vars(args).items())
         rate = f"{args.base_lr} x {args.batch_size} / {PAPER_BATCH} = {args.lr:.5f}"
@@ -525,7 +525,7 @@ def git_revision() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep the memory that a step frees for the next one, instead of returning it to the kernel.
+    """Keeps freed memory in glibc for the next step, instead of returning it to the kernel.
 
     On the CPU each large tensor is otherwise mapped, zeroed and unmapped again, a quarter of a step's time.
     """
@@ -539,11 +539,11 @@ def keep_freed_memory() -> None:
 
 
 def train_step(run: Run, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of the optimiser; nothing in it makes the host wait for the device.
+    """One step of the optimiser, without synchronising with the device.
 
     `images` (N, H, W, 3) uint8 RGB and `target` (N, H, W) uint8 are this process's share of the batch. Returns its part
-    of the loss, and () bool, whether the gradients were finite. Where they were not, weights and batch normalisation
-    statistics stay as they were: the step is skipped.
+    of the loss, and () bool, whether the gradients were finite. If not, the step is skipped: weights and statistics of
+    batch normalisation are unchanged.
     """
     dtype = AMP_DTYPES[run.args.amp]
     images, target = (each.to(run.device, non_blocking=True) for each in (images, target))
@@ -556,7 +556,7 @@ def train_step(run: Run, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor
     run.scaler.scale(loss * run.world_size).backward()  # DDP averages over the processes, where the loss is a sum
     gradients = [parameter.grad for parameter in run.model.parameters() if parameter.grad is not None]
     finite = torch.nn.utils.get_total_norm(gradients).isfinite()  # the same in all processes, as the gradients are
-    run.scaler.step(run.optimizer)  # which the scaler skips where a gradient is not finite
+    run.scaler.step(run.optimizer)  # skipped if a gradient is not finite
     run.scaler.update(run.fixed_scale)
     torch.where(finite, run.statistics, statistics, out=run.statistics)
     if run.average:
@@ -565,7 +565,7 @@ def train_step(run: Run, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor
 
 
 def train_one_epoch(run: Run, epoch: int, first: int, log: Log, signals: Signals) -> int:
-    """One pass over the loader, from its batch `first` on; epochs count from 1.
+    """One pass over the loader, starting at batch `first`; epochs count from 1.
 
     Returns what `Signals.after_step` says after the last step. Raises Stopped where it asks for that earlier.
     """
@@ -600,7 +600,7 @@ def train_one_epoch(run: Run, epoch: int, first: int, log: Log, signals: Signals
 def log_steps(run: Run, epoch: int, step: int, results: list[Tensor], seconds: float, log: Log) -> None:
     """Logs the steps since the last line, up to `step`; `results` are what `train_step` returned, a tensor for each.
 
-    Raises UsageError where MAX_SKIPPED steps in a row, or more, were skipped.
+    Raises UsageError if the last MAX_SKIPPED steps, or more, were skipped.
     """
     args, count, steps_per_epoch = run.args, len(results), run.steps_per_epoch
     loss, finite = torch.stack(results).unbind(1)
@@ -609,7 +609,8 @@ def log_steps(run: Run, epoch: int, step: int, results: list[Tensor], seconds: f
         dist.all_reduce(total)
     skipped = count - int(finite.sum())
     mean_loss = total.item() / (count - skipped) if skipped < count else None
-    run.skipped_in_a_row = run.skipped_in_a_row + skipped if skipped == count else 0
+    for each in finite.tolist():
+        run.skipped_in_a_row = 0 if each else run.skipped_in_a_row + 1
     lr = run.optimizer.param_groups[0]["lr"]
     images_per_s = count * args.batch_size / seconds
     # A step at half resolution is a quarter of the work.
@@ -631,9 +632,9 @@ def log_steps(run: Run, epoch: int, step: int, results: list[Tensor], seconds: f
 
 
 def finish_epoch(run: Run, epoch: int, log: Log, signals: Signals, verdict: int = Signals.CONTINUE) -> None:
-    """Saves {epoch}.pth, validates when that is due, and writes best_model.pth where it is the best.
+    """If it is due: saves {epoch}.pth, validates, and writes best_model.pth if it is the best.
 
-    An epoch is saved before it is validated, and marked so: a resumed run makes up for an interrupted validation.
+    The checkpoint comes first and says that validation is missing, so a resumed run makes up for it.
     """
     args = run.args
     due = epoch % args.val_every == 0 or epoch == args.epochs
@@ -654,9 +655,9 @@ def finish_epoch(run: Run, epoch: int, log: Log, signals: Signals, verdict: int 
 
 
 def validate(run: Run, signals: Signals) -> dict:
-    """Metrics of the validation split, its images shared out over the processes. Raises Stopped after a signal."""
+    """Metrics of the validation split, computed by all processes. Raises Stopped after a signal."""
     args, classes = run.args, run.val_set.classes
-    if run.world_size > 1 and not run.syncs_bn:  # the processes' statistics differ; rank 0's are saved
+    if run.world_size > 1 and not run.syncs_bn:  # use rank 0's statistics, which are saved
         for buffer in run.evaluated.buffers():
             dist.broadcast(buffer, 0)
     segment = accelerate(run.evaluated, device=run.device, precision=AMP_DTYPES[args.amp] or torch.float32)
@@ -666,8 +667,8 @@ def validate(run: Run, signals: Signals) -> dict:
         confusion += confusion_matrix(prediction, label, len(classes.names))
         if signals.received:
             break
-    signals.after_step()
-    if signals.after_step() == Signals.STOP:  # what one of the processes asked for at the first call
+    signals.after_step()  # of two calls, the second returns what the processes asked for at the first
+    if signals.after_step() == Signals.STOP:
         raise Stopped
     if run.world_size > 1:
         dist.all_reduce(confusion)
@@ -683,13 +684,13 @@ def checkpoint_folder(args: argparse.Namespace) -> Path:
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:
-    """All that can be resumed, oldest first: {epoch}.pth, then the newest within an epoch."""
+    """Checkpoints that can be resumed, oldest first: {epoch}.pth, then the one within an epoch."""
     numbered = sorted((path for path in folder.glob("*.pth") if path.stem.isdecimal()), key=lambda path: int(path.stem))
     return [*numbered, *folder.glob(UNFINISHED)]
 
 
 def network_state(run: Run, epoch: int) -> dict:
-    """What every checkpoint holds: the network, how to build it, its classes, the size of the training images."""
+    """What every checkpoint holds: the network, how to build it, its classes, the size of the first training image."""
     return {
         "model": run.evaluated.state_dict(),
         "model_args": run.model.args,
@@ -714,7 +715,7 @@ def save_training(run: Run, epoch: int, steps: int = 0, validated: bool = True) 
             "world_size": run.world_size,
         }
         if run.average:
-            state["trained"] = run.model.state_dict()  # `model` is the average
+            state["trained"] = run.model.state_dict()  # "model" holds the average
         folder = checkpoint_folder(run.args)
         save(state, folder / (UNFINISHED if steps else f"{epoch}.pth"))
         if not steps:
@@ -722,12 +723,12 @@ def save_training(run: Run, epoch: int, steps: int = 0, validated: bool = True) 
         for path in saved_checkpoints(folder)[: -run.args.keep]:
             path.unlink()
     if run.world_size > 1:
-        dist.barrier()  # none exits while rank 0 is writing: torchrun would end it
+        dist.barrier()  # if a rank exited early, torchrun would kill rank 0 while it writes
 
 
 def save(checkpoint: dict, path: Path) -> None:
-    """Writes beside `path` and renames, so that a file of this name is always complete."""
-    temporary = path.with_name(".tmp")  # one name, so that a killed run leaves at most one behind
+    """Writes a temporary file and renames it, so `path` is always complete."""
+    temporary = path.with_name(".checkpoint.tmp")  # one name: killed runs leave at most one
     content = io.BytesIO()
     torch.save(checkpoint, content)
     try:
@@ -741,16 +742,16 @@ def save(checkpoint: dict, path: Path) -> None:
 
 
 def find_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict | None, list[str]]:
-    """The checkpoint that --resume asks for, its path, and lines for the log; None where the run starts from scratch.
+    """Path and content of the checkpoint to resume, None if the run starts from scratch, and lines for the log.
 
-    Raises UsageError where --out holds checkpoints that this run would mix with, FileNotFoundError or CheckpointError
-    where none can be resumed. With "auto" damaged checkpoints are passed over.
+    Raises UsageError if --out holds checkpoints of another run, FileNotFoundError or CheckpointError if none can be
+    resumed. With "auto" damaged checkpoints are skipped.
     """
     found, notes = saved_checkpoints(checkpoint_folder(args)), []
     if args.resume != "auto":
         path = Path(args.resume) if args.resume else None
         if found and (path is None or path.resolve() != found[-1].resolve()):
-            raise UsageError(f"{found[-1]} is of an earlier run: use --resume auto, or another --out for a new run")
+            raise UsageError(f"{found[-1]} already exists: use --resume auto, or another --out for a new run")
         found = [path] if path else []
     for path in reversed(found):
         try:
@@ -758,9 +759,9 @@ def find_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict | None,
         except CheckpointError as error:
             if path == found[0]:
                 raise
-            notes.append(f"passed over {error}")
+            notes.append(f"skipped {error}")
             continue
-        if not (checkpoint_folder(args) / "best_model.pth").exists():  # of another --out, or deleted: validate again
+        if not (checkpoint_folder(args) / "best_model.pth").exists():  # another --out, or deleted: validate again
             state |= {"best_miou": -1.0, "validated": state["steps"] > 0}
         return path, state, notes
     return None, None, [f"nothing to resume in {args.out}: starting from scratch"] if args.resume else []
@@ -769,7 +770,7 @@ def find_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict | None,
 def read_training_state(path: Path) -> dict:
     """A checkpoint with all that resuming needs. Raises FileNotFoundError or CheckpointError."""
     checkpoint = read_checkpoint(path)
-    if not {"optimizer", "steps_per_epoch", "args"} <= checkpoint.keys():
+    if not {"optimizer", "scaler", "steps_per_epoch", "world_size", "args", "classes"} <= checkpoint.keys():
         raise CheckpointError(f"{path}: holds weights alone; use a numbered checkpoint, or --init-weights")
     return checkpoint
 
@@ -778,15 +779,15 @@ def resume(run: Run, path: Path, checkpoint: dict, log: Log) -> tuple[int, int]:
     """Restores a run; returns its complete epochs and the steps of the next one."""
     args = run.args
     if checkpoint["model_args"] != run.model.args:
-        raise CheckpointError(f"{path}: is of the network {checkpoint['model_args']}, this run of {run.model.args}")
+        raise CheckpointError(f"{path}: holds the network {checkpoint['model_args']}, this run has {run.model.args}")
     if checkpoint["classes"]["names"] != list(run.val_set.classes.names):
         raise CheckpointError(f"{path}: was trained on other classes; resume on its own dataset, or use --init-weights")
     if ("trained" in checkpoint) != bool(run.average):
-        raise CheckpointError(f"{path}: its run had --ema {checkpoint['args']['ema']}; resume with the same")
+        raise CheckpointError(f"{path}: was trained with --ema {checkpoint['args']['ema']}; use the same")
     run.model.load_state_dict(checkpoint.get("trained", checkpoint["model"]))
     load_optimizer(run.optimizer, checkpoint["optimizer"], path)
     epoch, steps_per_epoch = checkpoint["epoch"], run.steps_per_epoch
-    steps = checkpoint["steps"] * steps_per_epoch // checkpoint["steps_per_epoch"]  # another batch: the same share
+    steps = checkpoint["steps"] * steps_per_epoch // checkpoint["steps_per_epoch"]  # the same share of the epoch
     if run.average:
         run.average.model.load_state_dict(checkpoint["model"])
         run.average.steps = epoch * steps_per_epoch + steps
@@ -802,7 +803,7 @@ def resume(run: Run, path: Path, checkpoint: dict, log: Log) -> tuple[int, int]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: Path) -> None:
-    """Loads the momenta, whose shapes the fused kernels do not compare; the hyper-parameters stay this run's."""
+    """Loads the momenta and checks their shapes, as fused kernels do not; keeps this run's hyper-parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -817,7 +818,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: Path) ->
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains as the command line says. Returns the exit status: 0, or STOPPED after a signal."""
+    """Trains, and returns the exit status: 0, or STOPPED after a signal."""
     args = parse_args(argv)
     datasets = open_datasets(args)
     device, rank, world_size = start_processes(args.device)

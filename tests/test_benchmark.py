@@ -108,3 +108,19 @@ def test_the_benchmark_of_training_runs(drawn):
     rows = last_json(done.stdout)["rows"]
     assert len(rows) == 3 and all(row["step_images_per_s"] > 0 for row in rows.values())
     assert done.stdout.count("images/s for each worker") == 2
+
+
+def test_the_benchmark_of_recipes_runs(folder_dataset, tmp_path):
+    """On folds of which one has no file in val."""
+    for kind in ("images", "labels"):
+        (folder_dataset / kind / "val/0.png").unlink()
+    flags = ("--dataset", "folder", "--data", folder_dataset, "--folds", "0", "1", "--epochs", "1", "--seeds", "3")
+    flags += ("--only", "best", "--add", "--crop-size 64 96 --batch-size 2 --amp off", "--out", tmp_path)
+    done = run_script("tests/benchmarks/recipes.py", *flags)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    splits = [(record["fold"], record["split"], record["val_split"]) for record in records]
+    assert splits == [("0", "train:1*+val:1*", "train:0*"), ("1", "train:0*", "train:1*+val:1*")]
+    mean = sum(record["miou"] for record in records) / 2
+    assert f"| best | `--recipe best` | 1 | {mean:.4f} | {mean:.4f} to {mean:.4f} |" in done.stdout
+    assert run_script("tests/benchmarks/recipes.py", *flags).stdout.strip() in done.stdout  # runs nothing again

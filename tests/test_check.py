@@ -131,7 +131,7 @@ def test_smoothed_label_maps_are_one_line(folder_dataset, capsys):
     (folder_dataset / "classes.json").write_text(json.dumps({"names": ["a", "b", "c"], "values": [0, 100, 200]}))
     assert main([str(folder_dataset)]) == 2
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
-    assert "of the pixels are no class, as after smoothing" in lines[0] and lines[0].endswith(" (and 3 more like it)")
+    assert "of the pixels are no class, as by interpolation" in lines[0] and lines[0].endswith(" (and 3 more like it)")
 
 
 def test_command_line_from_another_folder(folder_dataset, tmp_path):

@@ -28,7 +28,7 @@ from data import (
     RamCache,
     SegmentationDataset,
     TrainBatches,
-    label_fault,
+    label_problem,
     label_table,
     normalise,
     open_dataset,
@@ -128,7 +128,7 @@ def test_a_value_has_one_meaning(folder_dataset):
         {"values": [0, 1, [1, 2]]},
     ):
         with pytest.raises(
-            DataError, match="classes.json: class ., counted from 0, shares a value with another or with"
+            DataError, match="classes.json: class . .0-based. shares a value with another class or with"
         ):
             with_classes(folder_dataset, **content)
 
@@ -158,13 +158,13 @@ def test_automatic_colours_are_told_apart_by_eye(folder_dataset):
         ("", "Expecting value"),
         ("{", "Expecting property name"),
         ("[1]", "'list' object has no attribute 'keys'"),
-        ('{"names": []}', "0 names, expected 2 to 254 different ones"),
+        ('{"names": []}', "expected 2 to 254 distinct names, got 0"),
         ('{"colours": []}', "names must be a list of non-empty strings"),
         ('{"names": "abc"}', "names must be a list of non-empty strings"),
         ('{"names": ["a", 1]}', "names must be a list of non-empty strings"),
         ('{"names": ["a", " "]}', "names must be a list of non-empty strings"),
-        ('{"names": ["a", "b", "a"]}', "3 names, expected 2 to 254 different ones"),
-        ('{"names": ["a"]}', "1 names, expected 2 to 254 different ones; the background is a class, too"),
+        ('{"names": ["a", "b", "a"]}', "expected 2 to 254 distinct names, got 3"),
+        ('{"names": ["a"]}', "expected 2 to 254 distinct names, got 1; the background is a class, too"),
         (
             '{"names": ["a", "b"], "colors": [[1, 2, 3]]}',
             "'colors' is unknown, expected names, values, colours, ignore",
@@ -174,12 +174,12 @@ def test_automatic_colours_are_told_apart_by_eye(folder_dataset):
         ('{"names": ["a", "b"], "colours": [[1, 2, 3]]}', "values and colours must be lists of 2, one for each name"),
         ('{"names": ["a", "b"], "values": [1]}', "values and colours must be lists of 2, one for each name"),
         ('{"names": ["a", "b"], "values": 1}', "values and colours must be lists of 2, one for each name"),
-        ('{"names": ["a", "b"], "values": [1, "2"]}', "values must be numbers of 0 to 255"),
+        ('{"names": ["a", "b"], "values": [1, "2"]}', "values must be integers from 0 to 255"),
         ('{"names": ["a", "b"], "labels": "colours"}', "values and colours must be lists of 2, one for each name"),
-        ('{"names": ["a", "b"], "colours": [[0.5, 1, 2], [1, 2, 3]]}', "colours must be numbers of 0 to 255"),
-        ('{"names": ["a", "b"], "colours": ["abc"]}', "colours must be numbers"),
-        ('{"names": ["a", "b"], "ignore": 300}', "ignore must be numbers of 0 to 255"),
-        ('{"names": ["a", "b"], "ignore": true}', "ignore must be numbers"),
+        ('{"names": ["a", "b"], "colours": [[0.5, 1, 2], [1, 2, 3]]}', "colours must be integers from 0 to 255"),
+        ('{"names": ["a", "b"], "colours": ["abc"]}', "colours must be integers"),
+        ('{"names": ["a", "b"], "ignore": 300}', "ignore must be integers from 0 to 255"),
+        ('{"names": ["a", "b"], "ignore": true}', "ignore must be integers"),
         (b'{"names": ["\xff"]}', "can't decode byte"),
     ],
 )
@@ -249,9 +249,9 @@ def test_colours_without_saying_so_are_refused_with_the_remedy(folder_dataset):
     "changes, message",
     [
         ({"ignore": 255}, "cannot reshape array"),
-        ({"ignore": [[200, 0, 0]]}, "class 0, counted from 0, shares a value with another or with ignore"),
-        ({"ignore": [[256, 0, 0]]}, "of 0 to 255"),
-        ({"colours": None}, "colours must be numbers of 0 to 255"),
+        ({"ignore": [[200, 0, 0]]}, "class 0 .0-based. shares a value with another class or with ignore"),
+        ({"ignore": [[256, 0, 0]]}, "from 0 to 255"),
+        ({"colours": None}, "colours must be integers from 0 to 255"),
     ],
 )
 def test_classes_in_colours_are_checked(folder_dataset, changes, message):
@@ -362,7 +362,7 @@ def test_label_maps_saved_with_smoothing_are_named_as_such(folder_dataset):
         fields = {"names": ["background", "road"], "values": [0, 255]}
         if in_colours:
             fields = {"names": fields["names"], "values": [[0] * 3, [255] * 3], "labels": "colours"}
-        message = r"0.png: \d+ values on \d+.\d% of the pixels are no class, as after smoothing .* nearest neighbour"
+        message = r"0.png: \d+ values on \d+.\d% of the pixels are no class, as by interpolation; .* nearest neighbour"
         with pytest.raises(DataError, match=message):
             with_classes(folder_dataset, **fields).read(0)
 
@@ -378,7 +378,7 @@ def test_the_advice_for_labels_from_1_on_shifts_no_name(folder_dataset):
 
 
 def fault(dataset, every_class=True):
-    return label_fault(dataset, sum(dataset.count_pixels(i) for i in range(len(dataset))), every_class)
+    return label_problem(dataset, sum(dataset.count_pixels(i) for i in range(len(dataset))), every_class)
 
 
 def test_a_class_without_a_pixel_is_a_fault_that_names_the_values(folder_dataset):
@@ -1083,7 +1083,7 @@ for name in ("alarm", "SIGALRM", "SIGHUP", "SIGUSR1"):
 before = list(warnings.filters)
 import data
 assert warnings.filters == before
-data.ignore_interrupts(0)
+data.init_worker(0)
 data.open_dataset("folder", sys.argv[1], "train")[0]
 try:
     data.RamCache(data.open_dataset("folder", sys.argv[1], "train"))

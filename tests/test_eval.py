@@ -194,7 +194,7 @@ def test_protocol_is_stated_and_checked(weights, drawn, capsys):
     assert run("--window", 64, 96) == 0
     assert last_json(capsys.readouterr().out)["window"] == [64, 96]
     assert run("--window", 16, 96) == 2 and "--window 16 96: expected at least 32" in capsys.readouterr().err
-    assert run("--scales", 0) == 2 and "--scales 0.0: expected factors above 0" in capsys.readouterr().err
+    assert run("--scales", 0) == 2 and "--scales 0.0: expected factors from 0 to 16" in capsys.readouterr().err
 
 
 def test_submission_holds_label_ids_under_the_servers_names(weights, drawn, folder_dataset, tmp_path, capsys):

@@ -156,5 +156,5 @@ def test_bad_map_of_instances_is_named(drawn, tmp_path):
     wrong = tmp_path / "x_instanceIds.png"
     Image.fromarray(np.full((96, 192), 60000, np.uint16)).save(wrong)
     dataset = SegmentationDataset([Sample(sample.image, sample.label, wrong)], CITYSCAPES, bytes(256))
-    with pytest.raises(DataError, match=r"x_instanceIds.png: no map of instances"):
+    with pytest.raises(DataError, match=r"x_instanceIds.png: not an instance map"):
         dataset.read_instances(0)

@@ -122,11 +122,11 @@ def test_damaged_checkpoints_are_passed_over_with_a_line(drawn, tmp_path, capsys
     content[len(content) // 2] ^= 1  # one bit, within the numbers
     (folder / "3.pth").write_bytes(content)
     (folder / "2.pth").write_bytes((folder / "2.pth").read_bytes()[:1000])
-    (folder / ".2.pth.tmp").write_bytes(b"of a process that was killed")
+    (folder / ".checkpoint.tmp").write_bytes(b"of a process that was killed")
     capsys.readouterr()
     assert run(drawn, tmp_path / "r", epochs=3, resume="auto") == 0
     out = capsys.readouterr().out
-    assert re.search(r"passed over \S+/3\.pth: .*\npassed over \S+/2\.pth: ", out) and "1.pth after epoch 1" in out
+    assert re.search(r"skipped \S+/3\.pth: .*\nskipped \S+/2\.pth: ", out) and "1.pth after epoch 1" in out
     assert kills.differences(whole, read_checkpoint(folder / "3.pth")) == []
     assert not list(folder.glob(".*"))
 
@@ -135,14 +135,14 @@ def test_what_does_not_continue_a_run_is_refused_and_nothing_is_touched(drawn, f
     assert run(drawn, tmp_path / "r", epochs=1) == 0
     checkpoint, best = (tmp_path / "r/checkpoints" / name for name in ("1.pth", "best_model.pth"))
     before = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
-    refused(capsys, f"{checkpoint} is of an earlier run: use --resume auto, or another", drawn, tmp_path / "r")
-    refused(capsys, f"{checkpoint} is of an earlier run", drawn, tmp_path / "r", resume=tmp_path / "other/2.pth")
+    refused(capsys, f"{checkpoint} already exists: use --resume auto, or another", drawn, tmp_path / "r")
+    refused(capsys, f"{checkpoint} already exists", drawn, tmp_path / "r", resume=tmp_path / "other/2.pth")
     other = tmp_path / "other"
     refused(capsys, "best_model.pth: holds weights alone", drawn, other, resume=best)
     own = {"dataset": "folder", "crop_size": (32, 48)}
-    refused(capsys, "1.pth: is of the network {'num_classes': 19", folder_dataset, other, **own, resume=checkpoint)
-    refused(capsys, "1.pth: is of the network", drawn, other, dropout=0.5, resume=checkpoint)
-    refused(capsys, "1.pth: its run had --ema 0.0; resume with the same", drawn, other, ema=0.9, resume=checkpoint)
+    refused(capsys, "1.pth: holds the network {'num_classes': 19", folder_dataset, other, **own, resume=checkpoint)
+    refused(capsys, "1.pth: holds the network", drawn, other, dropout=0.5, resume=checkpoint)
+    refused(capsys, "1.pth: was trained with --ema 0.0; use the same", drawn, other, ema=0.9, resume=checkpoint)
     names = {"names": [f"class {i}" for i in range(19)]}
     (folder_dataset / "classes.json").write_text(json.dumps(names))
     for path in folder_dataset.glob("labels/*/*.png"):

@@ -79,7 +79,7 @@ def test_batch_divides_over_the_processes_or_is_refused(monkeypatch):
     for world_size in (1, 2, 4, 8):
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
         train.parse_args([])
-    with pytest.raises(UsageError, match="--batch-size 12 does not divide over 8 processes; use .8, 16."):
+    with pytest.raises(UsageError, match="--batch-size 12 is no multiple of 8 processes; use .8, 16."):
         train.parse_args(["--batch-size", "12"])
 
 
@@ -381,14 +381,14 @@ def refused(capsys, message, *args, **changes):
 
 def test_flags_that_cannot_work_are_refused(drawn, tmp_path, capsys):
     for changes, message in (
-        ({"epochs": 0}, "argument --epochs: 0 is not from 1 to inf"),
+        ({"epochs": 0}, "argument --epochs: 0 is not in [1, inf]"),
         ({"epochs": "x"}, "argument --epochs: invalid int value: 'x'"),
-        ({"crop_size": (16, 64)}, "argument --crop-size: 16 is not from 32"),
-        ({"base_lr": math.nan}, "argument --base-lr: nan is not from 0"),
-        ({"ema": 1}, "argument --ema: 1 is not from 0 to 0.99999"),
+        ({"crop_size": (16, 64)}, "argument --crop-size: 16 is not in [32"),
+        ({"base_lr": math.nan}, "argument --base-lr: nan is not in [0"),
+        ({"ema": 1}, "argument --ema: 1 is not in [0, 0.99999]"),
         ({"amp": "int8"}, "invalid choice: 'int8'"),
         ({"loss_scale": "large"}, "argument --loss-scale: invalid loss_scale value: 'large'"),
-        ({"batch_size": 1}, "--batch-size 1 is one image a process, too few for batch normalisation"),
+        ({"batch_size": 1}, "--batch-size 1 is one per process, too few for batch normalisation"),
         ({"split": "trian"}, "no images"),
         ({"dataset": "voc"}, "voc"),
         ({"resume": "/none/3.pth"}, "/none/3.pth: no such checkpoint"),

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image
 
-from data import IGNORE, DataError, SegmentationDataset, find_samples, label_fault, read_classes, values_of
+from data import IGNORE, DataError, SegmentationDataset, find_samples, label_problem, read_classes, values_of
 from eval import contact_sheet
 from launch import OneLineParser, exit_status
 from model import MIN_SIZE
@@ -58,7 +58,7 @@ def check(name: str, root: Path) -> dict:
             if other != path:
                 problems.append(f"{path}: same image as {other}; remove one, most of all if they are in two splits")
         report["problems"] += unpaired + problems
-        problem = label_fault(dataset, pixels, every_class=name == "folder" and split == "train")
+        problem = label_problem(dataset, pixels, every_class=name == "folder" and split == "train")
         report["problems"] += [f"{split}: {problem}"] if problem and split != "test" else []
     return report
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 from data import IGNORE, Classes, DataError
-from eval import SplitScores, add_protocol_flags, evaluate, make_segment, metrics, open_for_evaluation, percent
+from eval import SplitScores, add_evaluation_flags, evaluate, make_segment, metrics, open_for_evaluation, percent
 from launch import OneLineParser, exit_status, name_of, start_processes
 from model import CheckpointError
 
@@ -243,7 +243,7 @@ def make_page(title: str, result: dict, facts: dict[str, object], sections: dict
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of tools/report.py."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_protocol_flags(parser)
+    add_evaluation_flags(parser)
     parser.add_argument("--out", metavar="FILE", help="the page (default: beside the weights, under their name)")
     return parser
 
