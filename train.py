@@ -9,8 +9,7 @@ all processes together, and the learning rate is proportional to it. Writes belo
 hold all that resuming needs, checkpoints/best_model.pth, logs/train.log for people and logs/metrics.jsonl for programs.
 
 Random numbers depend only on seed, step and, for dropout, rank, so an interrupted run that is resumed gives the same
-weights as one without interruption. SIGTERM and Ctrl-C finish the step, save, and exit with status 75; a
-second one, if it comes more than a second later, exits at once.
+weights as one without interruption. SIGTERM and Ctrl-C finish the step, save, and exit with status 75.
 """
 
 from __future__ import annotations
@@ -31,6 +30,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: on a busy machine spinning threads starve
 
 import numpy as np
 import torch
@@ -744,8 +745,7 @@ def save(checkpoint: dict, path: Path) -> None:
 def find_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict | None, list[str]]:
     """Path and content of the checkpoint to resume, None if the run starts from scratch, and lines for the log.
 
-    Raises UsageError if --out holds checkpoints of another run, FileNotFoundError or CheckpointError if none can be
-    resumed. With "auto" damaged checkpoints are skipped.
+    Raises UsageError for checkpoints of another run in --out, FileNotFoundError or CheckpointError if none is usable.
     """
     found, notes = saved_checkpoints(checkpoint_folder(args)), []
     if args.resume != "auto":

@@ -32,7 +32,7 @@ from tools import streets  # noqa: E402
 from train import saved_checkpoints  # noqa: E402
 
 RUN = "--epochs 6 --batch-size 4 --crop-size 64 96 --val-every 3 --log-every 1 --amp off --ema 0.9 --workers 1"
-RUN += " --device cpu"
+RUN += " --device cpu --keep 1"  # which older epochs have a file is chance
 
 
 def command(root: Path, out: Path, *more: str, launcher: str = "") -> list[str]:
