@@ -47,9 +47,9 @@ def exit_status(main: Callable[[], int | None], errors: tuple[type[Exception], .
         # An error from a DataLoader's worker has that worker's traceback as its message; its own is the last line.
         last_line = (str(error).strip() or repr(error)).splitlines()[-1]
         status, line = 2, last_line.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-    except Exception as error:
+    except Exception:
         status, line = 1, traceback.format_exc()
-        if "DataLoader worker" in str(error) and "Bus error" in str(error):
+        if "is killed by signal: Bus error" in line:  # of a DataLoader's worker
             status, line = 2, "/dev/shm is too small for the loader; use --workers 0, or docker run --shm-size 8g"
     rank = os.environ.get("RANK", "0")
     if line:

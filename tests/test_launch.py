@@ -1,7 +1,10 @@
 """What every script begins and ends with: devices, processes, exit statuses."""
 
+import os
 import re
+import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -61,6 +64,20 @@ def test_an_error_in_a_loaders_worker_is_one_line(capsys):
         assert exit_status(lambda: list(loader), (DataError,)) == 2  # noqa: B023
         line = capsys.readouterr().err
         assert line.endswith(f"{error}\n") and line.count("\n") == 1
+
+
+def test_a_small_shared_memory_is_named(capsys):
+    """/dev/shm of 64 MiB, as in a container of Docker: writing beyond its end is a bus error."""
+    for number, text in ((signal.SIGBUS, ": /dev/shm is too small for the loader; use "), (signal.SIGSEGV, "")):
+        loader = torch.utils.data.DataLoader([number], collate_fn=lambda batch: die(batch[0]), num_workers=1)
+        assert exit_status(lambda: list(loader)) == (2 if text else 1)  # noqa: B023
+        error = capsys.readouterr().err
+        assert text in error and ("Traceback" in error) == (not text)
+
+
+def die(number):
+    os.kill(os.getpid(), number)
+    time.sleep(60)
 
 
 def exchange():

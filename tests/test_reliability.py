@@ -368,3 +368,11 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(drawn, tmp_path, monkeypatc
     message = "no finite gradients in 5 steps in a row, up to step 9 in epoch 3"  # an epoch has 3
     refused(capsys, message, drawn, tmp_path / "r", epochs=9)
     assert read_checkpoint(tmp_path / "r/checkpoints/2.pth")  # which is finite
+
+
+def test_skipped_steps_are_counted_across_lines_of_the_log(drawn, tmp_path, monkeypatch, capsys):
+    """Lines come after steps 6 and 10: four before a good step do not end the run, one and four after it do."""
+    monkeypatch.setattr(train, "segmentation_loss", loss_with([*[math.nan] * 4, 1, *[math.nan] * 50]))
+    monkeypatch.setattr(train, "MAX_SKIPPED", 5)
+    message = "no finite gradients in 5 steps in a row, up to step 10 in epoch 2"
+    refused(capsys, message, drawn, tmp_path / "r", batch_size=2, log_every=10)

@@ -3,8 +3,11 @@
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +18,7 @@ from torch import nn
 
 import data
 import train
-from conftest import run_ranks
+from conftest import ROOT, run_ranks
 from data import IGNORE, DataError
 from launch import UsageError, exit_status
 from model import CheckpointError, FastSCNN, load_weights, read_checkpoint
@@ -73,6 +76,14 @@ def test_recipes_set_flags_that_exist_and_flags_beside_them_win():
     paper = train.parse_args(["--recipe", "paper", "--batch-size", "6"])
     assert (paper.batch_size, paper.base_lr, paper.epochs, paper.lr) == (6, 0.045, 1000, 0.045 * 6 / 12)
     assert (paper.ohem, paper.ema, paper.class_balance) == (0, 0, 0)
+
+
+def test_threads_of_a_training_wait_passively_unless_the_user_says_otherwise():
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+        command = [sys.executable, "-c", "import sys, os, train; print(os.environ['OMP_WAIT_POLICY'])"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
 
 
 def test_batch_divides_over_the_processes_or_is_refused(monkeypatch):
