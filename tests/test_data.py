@@ -1085,6 +1085,11 @@ import data
 assert warnings.filters == before
 data.init_worker(0)
 data.open_dataset("folder", sys.argv[1], "train")[0]
+for name in ("device_count", "max_memory_allocated", "recommended_max_memory"):
+    vars(torch.mps).pop(name, None)
+import eval, train
+from tools import benchmark, check, export, predict, report, streets
+assert train.get_args_parser() and train.keep_freed_memory() is None
 try:
     data.RamCache(data.open_dataset("folder", sys.argv[1], "train"))
 except data.DataError as error:
