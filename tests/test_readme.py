@@ -141,15 +141,8 @@ def test_flags_in_the_text_are_flags():
     for program in PROGRAMS:
         parser = module_of(program).get_args_parser()
         known |= {flag for action in parser._actions for flag in action.option_strings}
-    known |= {
-        "--standalone",
-        "--nproc_per_node",
-        "--nnodes",
-        "--rdzv_backend",
-        "--rdzv_endpoint",
-        "--rdzv_id",
-        "--max-restarts",
-    }
+    known |= {f"--{name}" for name in "standalone nproc_per_node nnodes rdzv_backend rdzv_endpoint rdzv_id".split()}
+    known |= {"--max-restarts", "--logdir", "--shm-size"}  # of torchrun, TensorBoard and Docker
     assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) - known
 
 
