@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: on a busy machine spinning threads starve
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch is loaded: on a busy machine spinning threads starve
 
 import numpy as np
 import torch

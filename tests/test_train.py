@@ -78,10 +78,10 @@ def test_recipes_set_flags_that_exist_and_flags_beside_them_win():
     assert (paper.ohem, paper.ema, paper.class_balance) == (0, 0, 0)
 
 
-def test_threads_of_a_training_wait_passively_unless_the_user_says_otherwise():
-    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
-        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
-        command = [sys.executable, "-c", "import sys, os, train; print(os.environ['OMP_WAIT_POLICY'])"]
+def test_threads_of_a_training_spin_briefly_unless_the_user_says_otherwise():
+    for given, expected in (({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
+        command = [sys.executable, "-c", "import sys, os, train; print(os.environ['GOMP_SPINCOUNT'])"]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.stdout.strip() == expected, done.stderr
 
