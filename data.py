@@ -566,8 +566,10 @@ def free_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     with contextlib.suppress(OSError, ValueError):  # no container, or "max"
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
+        group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2])
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(statistics["inactive_file"]))  # the page cache, which makes way
     return max(free, 0)
 
 
@@ -596,9 +598,7 @@ class RamCache:
         if not hasattr(os, "memfd_create"):
             raise DataError("the RAM cache needs Linux; train without it")
         if needed > free:
-            raise DataError(
-                f"the RAM cache needs {needed / 2**30:.2f} of {free / 2**30:.2f} GiB free; train without it"
-            )
+            raise DataError(f"the RAM cache needs {needed / 2**30:.1f} of {free / 2**30:.1f} GiB free; train without")
         descriptor = os.memfd_create("fast-scnn-cache")  # no file to leave behind, and /dev/shm may be small
         weakref.finalize(self, os.close, descriptor)
         self.path = f"/proc/{os.getpid()}/fd/{descriptor}"

@@ -1038,7 +1038,7 @@ def test_too_little_memory_is_reported_before_anything_is_decoded(tmp_path, monk
     monkeypatch.setattr(data, "cache_bytes", lambda _: [2**30] * 5)
     monkeypatch.setattr(data, "free_memory", lambda: 2**31)
     monkeypatch.setattr(SegmentationDataset, "read", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(DataError, match=r"the RAM cache needs 5.00 of 2.00 GiB free; train without"):
+    with pytest.raises(DataError, match=r"the RAM cache needs 5.0 of 2.0 GiB free; train without"):
         RamCache(dataset)
 
 
@@ -1056,6 +1056,22 @@ def test_a_second_split_is_cached_only_if_it_fits(tmp_path, monkeypatch):
 
 def test_free_memory_is_a_sensible_number():
     assert 2**24 < data.free_memory() < 2**50
+
+
+@pytest.mark.parametrize("group", ["/", "/user.slice/session-1.scope"])
+def test_free_memory_is_that_of_the_own_container_and_counts_the_page_cache(tmp_path, monkeypatch, group):
+    folder = tmp_path / f"sys/fs/cgroup{group}"
+    files = {"memory.max": "5000000\n", "memory.current": "4500000\n", "memory.stat": "anon 9\ninactive_file 300000\n"}
+    for name, text in files.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"0::{group}\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:    8000000 kB\n")
+    monkeypatch.setattr(data, "Path", lambda path: Path(f"{tmp_path}/{path}"))
+    assert data.free_memory() == 800000
+    (folder / "memory.max").write_text("max\n")
+    assert data.free_memory() == 8000000 * 1024
 
 
 def test_index_may_be_a_numpy_integer(tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 
 import tools.predict
 from conftest import ROOT, last_json, run_script
-from data import CAMVID, Classes, DataError
+from data import CAMVID, Classes, DataError, read_classes
 from launch import exit_status
 from model import CheckpointError, FastSCNN, load_weights, save_for_peer
 from ops_ext import accelerate
@@ -155,7 +155,11 @@ def test_a_folder_of_all_sorts(tmp_path, capsys, segment, style):
     expected = {"images": 5, "videos": 0, "frames": 0, "out": str(out), "style": style, "fps": None}
     assert last_json(captured.out) == expected
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    assert names == {f"{name}_{style}.png" for name in ("a.png", "sub/ä b.png", "sub/-x.png", "a.bmp", "grey.JPG")}
+    assert names == {f"{name}_{style}.png" for name in ("a.png", "sub/ä b.png", "sub/-x.png", "a.bmp", "grey.JPG")} | (
+        {"classes.json"} if style == "labels" else set()
+    )
+    if style == "labels":  # with the list of classes that a dataset of these labels needs
+        assert read_classes("folder", out)[0] == Classes(CAMVID.names, CAMVID.colours)
     label = segment(torch.from_numpy(pixels)[None])[0].numpy()
     expected = np.array(Painter(CAMVID, style, legend=False).paint(Image.fromarray(pixels), label))
     assert np.array_equal(np.array(Image.open(out / f"sub/ä b.png_{style}.png")), expected)
@@ -320,7 +324,7 @@ def test_colours_are_mixed_in_the_matrix_and_range_of_the_video(matrix, kr, kb, 
     given = [plane.astype(float) for plane in planes(frame)]
     for strength in (0.0, 0.3, 1.0):
         painter = Painter(CAMVID, strength=strength)
-        predictor = Predictor(lambda *_: torch.from_numpy(label)[None], painter, None, 1, False)
+        predictor = Predictor(lambda *_: torch.from_numpy(label)[None], painter, None, 1, True)
         painted = planes(predictor.segment_frame(frame, frame, yuv_colours(painter, frame)))
         for got, before, after in zip(painted, given, full):
             error = np.abs(got - ((1 - strength) * before + strength * after)).max()

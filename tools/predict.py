@@ -196,7 +196,7 @@ class Predictor:
     painter: Painter
     image_hw: Sequence[int] | None  # size of the training images: others are resized to as many pixels; None: not
     threads: int
-    progress: bool
+    quiet: bool  # no progress bars
 
     def segment_image(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 RGB -> (H, W) uint8 label map, which the network makes of the resized image."""
@@ -245,7 +245,7 @@ class Predictor:
                     segment = partial(self.segment_frame, first=first, colours=yuv_colours(self.painter, first))
                     done = in_order(segment, frames, self.threads)
                     total = container.streams.video[0].frames
-                    for future in tqdm(done, source.name, total, False, disable=not self.progress):
+                    for future in tqdm(done, source.name, total, False, disable=self.quiet):
                         sink.mux(video.encode(future.result()))
                         count += 1
                     sink.mux(video.encode(None))
@@ -364,19 +364,19 @@ def main(argv: list[str] | None = None) -> int:
         painter=Painter(classes, args.style, args.strength, args.legend),
         image_hw=image_hw,
         threads=threads,
-        progress=rank == 0 and sys.stderr.isatty(),
+        quiet=rank != 0 or not sys.stderr.isatty(),
     )
     share = images[rank::world_size]
-    done = in_order(predictor.segment_picture, share, threads)
-    done = tqdm(done, "images", len(share), False, disable=not predictor.progress)
+    done = tqdm(in_order(predictor.segment_picture, share, threads), "images", len(share), disable=predictor.quiet)
     written = gathered(successes(future.result for future in done), world_size)
     start = time.perf_counter()
-    share = videos[rank::world_size]
-    frames = gathered(successes(partial(predictor.segment_video, *paths) for paths in share), world_size)
+    frames = gathered(successes(partial(predictor.segment_video, *v) for v in videos[rank::world_size]), world_size)
     fps = round(sum(frames) / (time.perf_counter() - start), 1) if frames else None
 
     failed = len(images) + len(videos) - len(written) - len(frames)
     if rank == 0:
+        if written and args.style == "labels":
+            (args.out / "classes.json").write_text(json.dumps({"names": classes.names, "colours": classes.colours}))
         scale = "{}x{} pixels, as it was trained on".format(*image_hw) if image_hw else "their own size"
         wrote = f"wrote {len(written)} images and {len(frames)} videos to {args.out}; the network saw them at {scale}"
         print(f"{failed} files failed, see above; {wrote}" if failed else wrote)
