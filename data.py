@@ -211,15 +211,15 @@ def find_samples(name: str, root: Path, split: str) -> tuple[list[Sample], list[
         raise DataError(
             f"{root / image_dir / wanted}: no images; check the folder, --dataset and the name of the split"
         )
-    problems, alone = [], [stem for stem in labels if stem not in images]
+    problems, unpaired = [], [stem for stem in labels if stem not in images]
     for stem in [stem for stem in images if stem not in labels]:
         remedy = "add it, or remove this one"
-        near = min((other for other in alone if other.startswith(stem)), key=len, default=None)
-        if near:
-            folder, end, suffix = labels[near].parent, labels[near].name[len(Path(stem).name) :], labels[near].suffix
+        twin = min((other for other in unpaired if other.startswith(stem)), key=len, default=None)
+        if twin:
+            folder, end, suffix = labels[twin].parent, labels[twin].name[len(Path(stem).name) :], labels[twin].suffix
             remedy = f'to rename all: cd "{folder}"; for f in *{end}; do mv "$f" "${{f%{end}}}{suffix}"; done'
         problems.append(f"{images[stem]}: no file of this name in {root / label_dir}; {remedy}")
-    problems += [f"{labels[s]}: no file of this name in {root / image_dir}; add it, or remove this one" for s in alone]
+    problems += [f"{labels[s]}: no file of this name in {root / image_dir}; add it, or remove this" for s in unpaired]
     samples = [Sample(images[stem], labels[stem]) for stem in stems if stem in labels]
     if name == "cityscapes" and ids == "labelIds":
         maps = [s.label.with_name(s.label.name.replace("_labelIds", "_instanceIds")) for s in samples]
@@ -250,20 +250,20 @@ def read_classes(name: str, root: Path) -> tuple[Classes, bytes]:
         raise DataError(f"dataset {name!r} is unknown, expected one of {', '.join(_LAYOUTS)}")
     if not root.is_dir():
         raise DataError(f"{root}: no such folder, expected that of the {name} dataset; README.md describes its layout")
-    marks = {"cityscapes": "leftImg8bit", "camvid": "trainannot", "folder": "classes.json"}
-    present = [dataset for dataset, mark in marks.items() if (root / mark).exists()]
+    markers = {"cityscapes": "leftImg8bit", "camvid": "trainannot", "folder": "classes.json"}
+    present = [dataset for dataset, mark in markers.items() if (root / mark).exists()]
     if present and name not in present:
-        raise DataError(f"{root / marks[present[0]]} is of dataset {present[0]}; give --dataset {present[0]}")
+        raise DataError(f"{root / markers[present[0]]} is of dataset {present[0]}; give --dataset {present[0]}")
     if name == "cityscapes":
         values = CITYSCAPES_LABEL_IDS if _kind_of_ids(root) == "labelIds" else range(19)
         return CITYSCAPES, label_table(values, {*range(34), 255} - {*values})  # 255: label id -1, license plate
     if name == "camvid":
         return CAMVID, label_table(range(11), ignored=[11])  # 11 is unlabelled
-    path, form = root / "classes.json", 'write e.g. {"names": ["background", "road"], "values": [0, 255]}'
+    path, example = root / "classes.json", 'write e.g. {"names": ["background", "road"], "values": [0, 255]}'
     try:
         return _parse_classes(json.loads(path.read_text("utf-8-sig")))
     except (AttributeError, OSError, TypeError, ValueError) as error:  # JSON of other types, too
-        raise DataError(f"{path}: {error}; {form}") from None
+        raise DataError(f"{path}: {error}; {example}") from None
 
 
 def _parse_classes(content: object) -> tuple[Classes, bytes]:
@@ -401,8 +401,8 @@ class SegmentationDataset(Dataset):
         image, label = read_image(sample.image), read_label(sample.label, self.table)
         height, width = label.shape
         if image.size != (width, height):
-            turned = " upright, as its Exif orientation says" if image.size == (height, width) else ""
-            size = f"{width}x{height} pixels, its image {sample.image} {image.width}x{image.height}{turned}"
+            note = " upright, as its Exif orientation says" if image.size == (height, width) else ""
+            size = f"{width}x{height} pixels, its image {sample.image} {image.width}x{image.height}{note}"
             raise DataError(f"{sample.label}: {size}; give both the same size")
         return image, label
 
@@ -634,8 +634,8 @@ def cache_in_ram(datasets: Sequence[SegmentationDataset]) -> str:
     caches: list[RamCache] = []
     if local_rank == 0:
         sizes = np.cumsum([sum(cache_bytes(dataset)) for dataset in datasets])
-        fitting = max(1, int((sizes < 0.8 * free_memory()).sum()))
-        caches = [RamCache(dataset, os.cpu_count() or 1) for dataset in datasets[:fitting]]
+        num_cached = max(1, int((sizes < 0.8 * free_memory()).sum()))
+        caches = [RamCache(dataset, os.cpu_count() or 1) for dataset in datasets[:num_cached]]
     if dist.is_initialized():
         pickled: list = [None] * dist.get_world_size()
         dist.all_gather_object(pickled, pickle.dumps(caches))  # bytes: only processes of one machine can unpickle them

@@ -116,21 +116,21 @@ class AveragedNetwork:
         for scale in self.scales:
             size = [max(MIN_SIZE, round(side * scale)) for side in full_size]
             resized = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=scale < 1)
-            scores = [self.scores(resized)]
+            logits = [self.logits(resized)]
             if self.flip:
-                scores.append(self.scores(resized.flip(3)).flip(3))
-            for each in scores:
+                logits.append(self.logits(resized.flip(3)).flip(3))
+            for each in logits:
                 total = total + F.interpolate(each, full_size, mode="bilinear", align_corners=False).softmax(1)
         return total.argmax(1).to(torch.uint8)
 
-    def scores(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, C, H, W) float32."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             return (sliding_window(self.model, x, self.window) if self.window else self.model(x)).float()
 
 
 def sliding_window(network: Callable[[Tensor], Tensor], x: Tensor, window: Sequence[int]) -> Tensor:
-    """(N, C, H, W) scores of a network that sees one (height, width) window at a time, averaged where windows overlap.
+    """(N, C, H, W) logits of a network that sees one (height, width) window at a time, averaged where windows overlap.
 
     Windows overlap by at least a third of their size.
     """
@@ -176,8 +176,8 @@ def metrics(confusion: Tensor, classes: Classes) -> dict:
     class_iou = intersection_over_union(matrix)
     names = list(dict.fromkeys(classes.categories))
     # Classes of one category are merged first: a car predicted as a bus is a vehicle found.
-    member = np.array([[category == name for category in classes.categories] for name in names], dtype=np.int64)
-    category_iou = intersection_over_union(member @ matrix @ member.T) if names else np.empty(0)
+    merge = np.array([[category == name for category in classes.categories] for name in names], dtype=np.int64)
+    category_iou = intersection_over_union(merge @ matrix @ merge.T) if names else np.empty(0)
     return {
         "miou": mean_or_none(class_iou),
         "pixel_accuracy": int(np.trace(matrix)) / total if total else None,
@@ -238,9 +238,9 @@ class InstanceScores:
         inside = instances >= 0
         code, guess = instances[inside], prediction.cpu()[inside].long()
         truth = code // 1000
-        right = torch.stack([torch.ones_like(truth), guess == truth, self.category[guess] == self.category[truth]])
+        correct = torch.stack([torch.ones_like(truth), guess == truth, self.category[guess] == self.category[truth]])
         num_codes = 1000 * len(self.weighted)
-        pixels = torch.stack([torch.bincount(code, each.double(), num_codes) for each in right], 1)  # (codes, 3)
+        pixels = torch.stack([torch.bincount(code, each.double(), num_codes) for each in correct], 1)  # (codes, 3)
         share = (pixels / pixels[:, :1].clamp(min=1)).view(len(self.weighted), 1000, 3)  # of each object's pixels
         self.weighted += self.average[:, None] * share.sum(1)
 
@@ -256,10 +256,10 @@ class InstanceScores:
                 false_positive = confusion[:, i].sum() - confusion[i, i]
                 classes[name] = (self.weighted[i, 1] / (self.weighted[i, 0] + false_positive)).item()
         for name, number in self.categories.items():
-            member = self.category == number
-            false_positive = confusion[~member][:, member].sum()
-            every, _, right = self.weighted[member].sum(0)
-            categories[name] = (right / (every + false_positive)).item()  # NaN if the category does not occur
+            mask = self.category == number
+            false_positive = confusion[~mask][:, mask].sum()
+            total, _, correct = self.weighted[mask].sum(0)
+            categories[name] = (correct / (total + false_positive)).item()  # NaN if the category does not occur
         return {
             "miiou": mean_or_none(classes.values()),
             "class_iiou": by_name(classes.keys(), classes.values()),

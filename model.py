@@ -146,8 +146,8 @@ def pooling_matrix(size: int, bins: tuple[int, ...], like: Tensor) -> Tensor:
     count = torch.cat([torch.full((n,), n, device=like.device) for n in bins])
     start = row * size // count
     end = ((row + 1) * size + count - 1) // count  # not -(-a // b), which the legacy ONNX exporter truncates
-    member = (position >= start[:, None]) & (position < end[:, None])
-    return member.to(like.dtype) / (end - start)[:, None]
+    mask = (position >= start[:, None]) & (position < end[:, None])
+    return mask.to(like.dtype) / (end - start)[:, None]
 
 
 class PyramidPooling(nn.Module):

@@ -442,10 +442,10 @@ class Run:
             train_set, args.batch_size, workers=args.workers, seed=args.seed, rank=rank, world_size=world_size
         )
         self.steps_per_epoch, self.image_hw = len(self.loader), list(train_set.read(0)[1].shape)
-        own = args.dataset == "folder"  # check every sample before the first step, of known datasets 20
+        custom = args.dataset == "folder"  # check every sample before the first step, of known datasets 20
         if rank == 0:
-            self.shares = class_shares(train_set, own or args.class_balance > 0, every_class=own)
-            class_shares(val_set, own)  # only checks the labels
+            self.shares = class_shares(train_set, custom or args.class_balance > 0, every_class=custom)
+            class_shares(val_set, custom)  # only checks the labels
         self.shares = from_rank_0(self.shares if rank == 0 else None)  # frequencies of the classes in the training set
         names = train_set.classes.names
         torch.manual_seed(args.seed)
