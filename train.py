@@ -476,14 +476,14 @@ class Run:
     def description(self) -> list[str]:
         """The first lines of the log: code, flags, device, batch, data."""
         args, share = self.args, self.args.batch_size // self.world_size
-        flags = " ".join(f"{name}={value}" for name, value in vars(args).items())
+        shared = len({*self.train_set.samples} & {*self.val_set.samples})
         rate = f"{args.base_lr} x {args.batch_size} / {PAPER_BATCH} = {args.lr:.5f}"
         ends = (f"{s[0].image.name} to {s[-1].image.name}" for s in (self.train_set.samples, self.val_set.samples))
         lines = [
-            f"code {git_revision()}  torch {torch.__version__}  {flags}",
+            f"code {git_revision()}  torch {torch.__version__}  " + " ".join(f"{k}={v}" for k, v in vars(args).items()),
             f"device {self.device}  precision {args.amp}  ops {implementations(self.device)}",
             f"batch {args.batch_size} = {share} x {self.world_size} processes  learning rate {rate}",
-            f"{len(self.train_set)} images to train, {len(self.val_set)} to validate  "
+            f"{len(self.train_set)} images to train, {len(self.val_set)} to validate, {shared} of them in both  "
             f"{self.steps_per_epoch} steps x {args.epochs} epochs  {', '.join(ends)}",
         ]
         if self.world_size > 1 and not self.syncs_bn:

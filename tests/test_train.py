@@ -78,6 +78,14 @@ def test_recipes_set_flags_that_exist_and_flags_beside_them_win():
     assert (paper.ohem, paper.ema, paper.class_balance) == (0, 0, 0)
 
 
+def test_images_to_train_and_to_validate_on_are_counted_and_said(folder_dataset, tmp_path):
+    options = {"dataset": "folder", "crop_size": (32, 48), "batch_size": 2, "epochs": 1}
+    for split, numbers in (("train", (2, 2, 0)), ("train+val", (4, 2, 2))):
+        text = "{} images to train, {} to validate, {}".format(*numbers)
+        assert run(folder_dataset, tmp_path / split, **options, split=split) == 0
+        assert f"{text} of them in both" in (tmp_path / split / "logs/train.log").read_text()
+
+
 def test_threads_of_a_training_spin_briefly_unless_the_user_says_otherwise():
     for given, expected in (({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
         environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
