@@ -14,6 +14,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+if [int(number) for number in torch.__version__.split(".")[:2]] < [2, 11]:
+    print(f"torch {torch.__version__} is too old, 2.11 is needed; bash run.sh installs it", file=sys.stderr)
+    sys.exit(2)
+
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}  # --amp, for torch.autocast
 
 

@@ -61,7 +61,7 @@ def accelerate(
 
 
 class Segment:
-    """From (N, H, W, 3) uint8 RGB, on any device, to uint8 labels on `device`, (N, H, W) or of another `size`.
+    """From (N, H, W, 3) uint8 RGB, a tensor or an array, to uint8 labels on `device`, (N, H, W) or of another `size`.
 
     On CUDA a size that comes twice is recorded as a graph. `precision` is what is multiplied: "fp32", "bf16" or "fp16".
     """
@@ -72,6 +72,7 @@ class Segment:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        images = torch.as_tensor(images)  # of NumPy, too
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.numel() == 0:
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, expected uint8 (N, H, W, 3), not empty")
         return self.labels(images.to(self.device), tuple(size or images.shape[1:3]))

@@ -180,6 +180,11 @@ def test_what_the_engine_cannot_run_runs_in_pytorch_and_a_warning_names_the_caus
     assert (segment(images) == labels_of(model, images)).float().mean() > least
 
 
+def test_images_of_numpy_are_taken():
+    segment, images = accelerate(network()), images_of(1, 64, 96)
+    assert torch.equal(segment(images.numpy()), segment(images))
+
+
 def test_what_is_no_batch_of_images_of_some_size_is_refused():
     segment = accelerate(network())
     for shape in ((1, 20, 20, 4), (1, 20, 20), (0, 32, 32, 3)):

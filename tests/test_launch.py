@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import launch
-from conftest import run_ranks
+from conftest import ROOT, run_ranks
 from data import DataError
 from launch import OneLineParser, UsageError, exit_status, gathered, start_processes
 
@@ -162,6 +163,15 @@ def test_what_a_device_lacks_is_asked_of_the_device(monkeypatch):
     named = SimpleNamespace(get_device_name=lambda device: f"name of {device}")
     monkeypatch.setattr(torch, "get_device_module", lambda _: named)
     assert launch.name_of(torch.device("cuda:1")) == "name of cuda:1"
+
+
+def test_an_old_torch_is_one_line():
+    code = "import torch; torch.__version__ = '2.9.1+cu128'; import launch"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "torch 2.9.1+cu128 is too old, 2.11 is needed; bash run.sh installs it\n",
+    )
 
 
 def test_a_missing_package_is_one_line(monkeypatch, capsys):

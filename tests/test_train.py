@@ -273,7 +273,8 @@ def test_a_run_learns_and_writes_what_it_says(drawn, tmp_path, capsys, monkeypat
     assert load_weights(out / "checkpoints/best_model.pth", num_classes=19).args["num_classes"] == 19
     log = (out / "logs/train.log").read_text()
     assert "learning rate 0.15 x 4 / 12 = 0.05000" in log and "batch 4 = 4 x 1" in log
-    assert "12 images to train, 5 to validate, 0 of them in both  3 steps x 5 epochs" in log and "upsample_argmax" in log
+    assert "12 images to train, 5 to validate, 0 of them in both  3 steps x 5 epochs" in log
+    assert "upsample_argmax" in log
     assert f"epoch 5/5  mIoU {validated[-1]['miou']:.4f}" in log and "done: best mIoU" in log
     assert log.strip() in capsys.readouterr().out
 
