@@ -52,7 +52,7 @@ img { display: block; width: 100%; border-radius: 3px }
 .key { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1.5rem 0 }
 .key div { padding: .8rem 1rem; border-radius: .5rem; background: var(--soft) }
 .key b { display: block; color: var(--ink); font-size: 1.9rem; line-height: 1.25 }
-svg { display: block; width: 100%; font-size: 12px; fill: var(--muted) }
+svg { display: block; width: 100%; margin-top: 1rem; font-size: 12px; fill: var(--muted) }
 svg line { stroke: var(--line) }
 svg path { fill: none; stroke: var(--blue); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
 .blue { --hue: var(--blue) }
