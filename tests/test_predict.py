@@ -379,6 +379,46 @@ def test_a_picture_of_another_size_is_seen_at_that_of_the_training_images(tmp_pa
     assert (shrunk == np.array(labels["small"])).mean() > 0.97
 
 
+def test_a_photo_of_12_megapixels_upright_or_not(tmp_path, monkeypatch, segment):
+    """The network sees as many pixels as in training, in the photo's proportions; labels have the photo's size."""
+    seen = []
+
+    def spy(images, size):
+        seen.append(tuple(images.shape[1:3]))
+        return segment(images, size)
+
+    monkeypatch.setattr(tools.predict, "accelerate", lambda *_, **__: spy)
+    flags = ["--weights", str(WEIGHTS), "--device", "cpu", "--style", "labels", "--out", str(tmp_path)]
+    for width, height in ((4032, 3024), (3024, 4032)):
+        Image.new("RGB", (width, height), (90, 120, 150)).save(tmp_path / "photo.jpg")
+        assert tools.predict.main([str(tmp_path / "photo.jpg"), *flags]) == 0
+        assert Image.open(tmp_path / "photo.jpg_labels.png").size == (width, height)
+    assert seen == [(360, 480), (480, 360)]
+
+
+def test_pictures_larger_than_pillows_limit_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # beyond twice of which Pillow refuses
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    assert predict(tmp_path / "a.png", "--out", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("name", ["photo.heic", "notes.txt", "README"])
+def test_a_file_that_is_not_read_is_named_for_what_it_is(tmp_path, capsys, name):
+    (tmp_path / name).write_bytes(b"not read")
+    assert predict(tmp_path / name, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    what = f"{tmp_path / name}: {(tmp_path / name).suffix or 'no suffix'} is not read, export it as JPEG; supported are"
+    assert what in error and error.count("\n") == 1
+    assert predict(tmp_path, "--out", tmp_path / "out") == 2
+    assert f"no images or videos, but 1 {(tmp_path / name).suffix or 'without suffix'}; " in capsys.readouterr().err
+
+
+def test_a_path_may_begin_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.tif")
+    assert predict("~/a.tif", "--out", tmp_path / "out") == 0
+
+
 # ---------------------------------------------------------------------------------------------------- what can go wrong
 
 
