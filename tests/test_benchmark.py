@@ -2,6 +2,9 @@
 
 import functools
 import json
+import os
+import re
+import subprocess
 import sys
 import time
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 import train
-from conftest import last_json, run_script
+from conftest import ROOT, last_json, run_script
 from launch import UsageError, start_processes
 from model import FastSCNN
 from tools import benchmark
@@ -124,3 +127,25 @@ def test_the_benchmark_of_recipes_runs(folder_dataset, tmp_path):
     mean = sum(record["miou"] for record in records) / 2
     assert f"| best | `--recipe best` | 1 | {mean:.4f} | {mean:.4f} to {mean:.4f} |" in done.stdout
     assert run_script("tests/benchmarks/recipes.py", *flags).stdout.strip() in done.stdout  # runs nothing again
+
+
+def test_the_command_for_a_gpu_runs_dry_and_says_what_failed(tmp_path):
+    command = ["bash", str(ROOT / "tests/benchmarks/gpu.sh"), "--dry"]
+    environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    text = (tmp_path / "results.md").read_text()
+    assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + text
+    for title in ("kernels are built", "ops against plain PyTorch", "inference, batch 1", "training step"):
+        assert f"### {title}: status 0, " in text
+    for figure in ("upsample_argmax, noise, 64x96", "64x96, eager: ", "train.py, --amp bf16 --cache ram"):
+        assert figure in text
+    assert text.count("compute-sanitizer") == 2  # not run without a GPU, and that is said
+    # Limits of the steps, in seconds, together.
+    limits = re.findall(r'step ".*?" (\d+) ', (ROOT / "tests/benchmarks/gpu.sh").read_text())
+    assert sum(map(int, limits)) + 45 <= 9 * 60  # one line is of two tools
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run(
+        command, env={**environment, "PYTHON": str(tmp_path / "python")}, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "failed: training step" in done.stdout and "status 3" in done.stdout
