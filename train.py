@@ -771,7 +771,7 @@ def read_training_state(path: Path) -> dict:
     """A checkpoint with all that resuming needs. Raises FileNotFoundError or CheckpointError."""
     checkpoint = read_checkpoint(path)
     if not {"optimizer", "scaler", "steps_per_epoch", "world_size", "args", "classes"} <= checkpoint.keys():
-        raise CheckpointError(f"{path}: holds weights alone; use a numbered checkpoint, or --init-weights")
+        raise CheckpointError(f"{path}: holds only weights; use a numbered checkpoint, or --init-weights")
     return checkpoint
 
 

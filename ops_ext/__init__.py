@@ -10,7 +10,7 @@ GPUs kernels run that never write class scores at full resolution; they are comp
 devices, the reference runs, with the same results, and one warning names the cause. `implementations()` says what runs
 on this machine.
 
-The kernels compute in float32 and trace under `torch.compile` without graph breaks. This folder needs torch alone, and
+The kernels compute in float32 and trace under `torch.compile` without graph breaks. This folder needs only torch, and
 may be copied into another project as it is.
 
 How to add an op

@@ -73,7 +73,7 @@ def load(device_type: str) -> None:
         OSError: the cache cannot be written, or a library does not load.
     """
     if device_type not in SUFFIXES:
-        raise BuildError("there are kernels for cpu and cuda alone")
+        raise BuildError("there are only kernels for cpu and cuda")
     sources = sorted(FOLDER.rglob(f"*.{SUFFIXES[device_type]}"))
     with ThreadPoolExecutor() as pool:
         libraries = list(pool.map(build, sources))

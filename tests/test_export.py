@@ -136,7 +136,7 @@ def test_weights_for_another_project_and_back(tmp_path, capsys):
     [
         (["model.tflite"], "has the suffix '.tflite', expected .onnx, .pt2, or .pth with --as"),
         (["model.pth"], "has the suffix '.pth', expected .onnx, .pt2, or .pth with --as"),
-        (["m.pth", "--as", "mmseg", "--output", "logits"], "--as writes weights alone: leave out --output"),
+        (["m.pth", "--as", "mmseg", "--output", "logits"], "--as writes only weights: leave out --output"),
         (["model.onnx", "--as", "mmseg"], "has the suffix '.onnx', expected .onnx, .pt2, or .pth with --as"),
     ],
 )

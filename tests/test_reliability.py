@@ -138,7 +138,7 @@ def test_what_does_not_continue_a_run_is_refused_and_nothing_is_touched(drawn, f
     refused(capsys, f"{checkpoint} already exists: use --resume auto, or another", drawn, tmp_path / "r")
     refused(capsys, f"{checkpoint} already exists", drawn, tmp_path / "r", resume=tmp_path / "other/2.pth")
     other = tmp_path / "other"
-    refused(capsys, "best_model.pth: holds weights alone", drawn, other, resume=best)
+    refused(capsys, "best_model.pth: holds only weights", drawn, other, resume=best)
     own = {"dataset": "folder", "crop_size": (32, 48)}
     refused(capsys, "1.pth: holds the network {'num_classes': 19", folder_dataset, other, **own, resume=checkpoint)
     refused(capsys, "1.pth: holds the network", drawn, other, dropout=0.5, resume=checkpoint)

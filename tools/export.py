@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.file.suffix not in ((".pth",) if args.variant else (".onnx", ".pt2")):
         raise UsageError(f"{args.file} has the suffix {args.file.suffix!r}, expected .onnx, .pt2, or .pth with --as")
     if args.variant and (args.output, args.input, args.size) != ("labels", "uint8", None):
-        raise UsageError("--as writes weights alone: leave out --output, --input and --size")
+        raise UsageError("--as writes only weights: leave out --output, --input and --size")
     if args.file.suffix == ".onnx":
         import onnxscript  # noqa: F401 - rather now than after the work
     checkpoint = read_checkpoint(args.weights)

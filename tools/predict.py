@@ -328,7 +328,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default="runs/predictions", metavar="DIR", help="folder to write to (default: %(default)s)")
     add("--style", choices=("overlay", "labels"), default="overlay",
         help="colours over the image, or a palette image of train ids (default: %(default)s)")  # fmt: skip
-    add("--strength", type=float, default=0.4, help="of the overlay; 1 is colours alone (default: %(default)s)")
+    add("--strength", type=float, default=0.4, help="of the overlay; 1 shows only colours (default: %(default)s)")
     add("--legend", action=argparse.BooleanOptionalAction, default=True, help="name the colours below each image")
     add("--resize", action=argparse.BooleanOptionalAction, default=True,
         help="give the network images of as many pixels as those that it was trained on")  # fmt: skip
