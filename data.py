@@ -598,7 +598,7 @@ class RamCache:
         if not hasattr(os, "memfd_create"):
             raise DataError("the RAM cache needs Linux; train without it")
         if needed > free:
-            raise DataError(f"the RAM cache needs {needed / 2**30:.1f} of {free / 2**30:.1f} GiB free; train without")
+            raise DataError(f"the RAM cache needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free; omit it")
         descriptor = os.memfd_create("fast-scnn-cache")  # no file to leave behind, and /dev/shm may be small
         weakref.finalize(self, os.close, descriptor)
         self.path = f"/proc/{os.getpid()}/fd/{descriptor}"

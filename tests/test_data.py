@@ -1038,7 +1038,7 @@ def test_too_little_memory_is_reported_before_anything_is_decoded(tmp_path, monk
     monkeypatch.setattr(data, "cache_bytes", lambda _: [2**30] * 5)
     monkeypatch.setattr(data, "free_memory", lambda: 2**31)
     monkeypatch.setattr(SegmentationDataset, "read", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(DataError, match=r"the RAM cache needs 5.0 of 2.0 GiB free; train without"):
+    with pytest.raises(DataError, match=r"the RAM cache needs 5.0 GiB, 2.0 are free; omit it"):
         RamCache(dataset)
 
 

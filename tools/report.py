@@ -132,11 +132,8 @@ def training_curves(log: Path) -> str:
         epoch, best = max(miou, key=lambda point: point[1])
         caption = f"validation mIoU, %: best {100 * best:.2f} in epoch {epoch:.0f}"
         charts.append(chart(miou * (1, 100), 100, "epoch", caption))
-    time = (
-        f"<p>Time of the training steps: {timedelta(seconds=round(curves['seconds'][:, 1].sum()))}</p>"
-        if curves
-        else ""
-    )
+    seconds = curves["seconds"][:, 1].sum() if curves else 0
+    time = f"<p>Time of the training steps: {timedelta(seconds=round(seconds))}</p>" if seconds else ""
     nothing = "<p>No curves: the weights are not in the checkpoints folder of a run that has logs/metrics.jsonl.</p>"
     return f'{time}<div class="charts">{"".join(charts) or nothing}</div>'
 
