@@ -78,25 +78,38 @@ class ConvBN(nn.Sequential):
         if relu is not None:
             self.relu = relu(inplace=True)
 
-
-class DilatedConvBN(ConvBN):
-    """ConvBN with a dilated depthwise 3x3 kernel; training on the CPU runs it as a plain convolution."""
-
     def forward(self, x: Tensor) -> Tensor:
-        # oneDNN's gradient of a dilated depthwise kernel takes ten times as long as that of a plain one and is wrong in
-        # bfloat16 (seen in oneDNN 3.13). So the plain kernel runs on the d x d images made of every d-th pixel of every
-        # d-th row. torch.compile fails on these reshapes with dynamic shapes, so it keeps the dilated kernel.
-        conv, d = self.conv, self.conv.dilation[0]
-        needs_grad = self.training or (torch.is_autocast_enabled("cpu") and torch.is_grad_enabled())
-        if d == 1 or x.device.type != "cpu" or not needs_grad or torch.compiler.is_compiling():
-            return super().forward(x)
-        n, _, h, w = x.shape
-        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -w % d, 0, -h % d))  # (N, H, W, C), now multiples of d
-        x = x.unflatten(2, (-1, d)).unflatten(1, (-1, d)).permute(0, 2, 4, 1, 3, 5)  # (N, d, d, H/d, W/d, C)
-        x = F.conv2d(x.flatten(0, 2).permute(0, 3, 1, 2), conv.weight, conv.bias, padding=1, groups=conv.groups)
-        x = x.permute(0, 2, 3, 1).unflatten(0, (n, d, d)).permute(0, 3, 1, 4, 2, 5)  # (N, H/d, d, W/d, d, C)
-        x = x.flatten(3, 4).flatten(1, 2)[:, :h, :w].permute(0, 3, 1, 2)  # (N, C, H, W)
-        return self.relu(self.bn(x.contiguous(memory_format=torch.channels_last)))
+        conv, *others = self
+        autocast = torch.is_autocast_enabled("cpu")
+        needs_grad = self.training or (autocast and torch.is_grad_enabled())
+        # On the CPU, avoid slow gradients of oneDNN 3.13; torch.compile fails on the reshapes of `undilated`.
+        if x.device.type != "cpu" or conv.groups == 1 or not needs_grad or torch.compiler.is_compiling():
+            x = conv(x)
+        elif conv.dilation[0] > 1:
+            x = undilated(conv, x)
+        elif autocast and conv.stride[0] > 1:  # 4 to 12 times as fast as in bfloat16
+            with torch.autocast("cpu", enabled=False):
+                x = conv(x.float()).to(x.dtype)
+        else:
+            x = conv(x)
+        for layer in others:
+            x = layer(x)
+        return x
+
+
+def undilated(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A dilated depthwise 3x3 convolution as a plain one on the d x d images made of every d-th pixel and row.
+
+    oneDNN's gradient of the dilated one takes ten times as long and is wrong in bfloat16.
+    """
+    d = conv.dilation[0]
+    n, _, h, w = x.shape
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -w % d, 0, -h % d))  # (N, H, W, C), now multiples of d
+    x = x.unflatten(2, (-1, d)).unflatten(1, (-1, d)).permute(0, 2, 4, 1, 3, 5)  # (N, d, d, H/d, W/d, C)
+    x = F.conv2d(x.flatten(0, 2).permute(0, 3, 1, 2), conv.weight, conv.bias, padding=1, groups=conv.groups)
+    x = x.permute(0, 2, 3, 1).unflatten(0, (n, d, d)).permute(0, 3, 1, 4, 2, 5)  # (N, H/d, d, W/d, d, C)
+    x = x.flatten(3, 4).flatten(1, 2)[:, :h, :w].permute(0, 3, 1, 2)  # (N, C, H, W)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class DSConv(nn.Sequential):
@@ -207,7 +220,7 @@ class FeatureFusion(nn.Module):
         kernel = variant.fusion_kernel
         groups = 128 if kernel == 3 else 1
         # In table 3 the dilation is the upsampling factor, 4.
-        self.depthwise = DilatedConvBN(128, 128, kernel, groups=groups, dilation=variant.fusion_dilation)
+        self.depthwise = ConvBN(128, 128, kernel, groups=groups, dilation=variant.fusion_dilation)
         self.context = ConvBN(128, 128, relu=None, bias=variant.fusion_bias)
         self.detail = ConvBN(64, 128, relu=None, bias=variant.fusion_bias)
         self.align_corners = variant.align_corners

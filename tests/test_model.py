@@ -9,7 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import CheckpointError, DSConv, FastSCNN, FeatureFusion, PyramidPooling, load_weights, read_checkpoint
+from model import (
+    CheckpointError,
+    DSConv,
+    FastSCNN,
+    FeatureFusion,
+    PyramidPooling,
+    load_weights,
+    read_checkpoint,
+    undilated,
+)
 from train import keep_freed_memory
 
 
@@ -106,13 +115,27 @@ def test_no_non_linearity_between_depthwise_and_pointwise():
 @pytest.mark.parametrize("size", [(9, 12), (45, 60), (5, 7), (4, 8)])
 def test_the_dilated_kernel_in_training_is_the_plain_convolution(size):
     torch.manual_seed(0)
-    layer = FeatureFusion().double().train().depthwise
+    layer = FeatureFusion().double().train().depthwise.conv
     x = torch.randn(2, 128, *size, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
-    got, expected = layer(x), torch.nn.Sequential(*layer.children())(x)
+    got, expected = undilated(layer, x), F.conv2d(x, layer.weight, padding=4, dilation=4, groups=128)
     torch.testing.assert_close(got, expected)
-    direction, inputs = torch.randn_like(expected), [x, layer.conv.weight]
+    direction, inputs = torch.randn_like(expected), [x, layer.weight]
     for mine, plain in zip(*(torch.autograd.grad(output, inputs, direction) for output in (got, expected))):
         torch.testing.assert_close(mine, plain)
+
+
+def test_mixed_precision_on_the_cpu_runs_a_depthwise_kernel_with_a_stride_in_float32():
+    torch.manual_seed(0)
+    layer = DSConv(32, 48, stride=2).train().depthwise
+    x = torch.randn(2, 32, 90, 121).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    seen = []
+    layer.conv.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x)
+    assert seen[0].dtype == torch.float32
+    assert got.dtype == torch.bfloat16 and got.is_contiguous(memory_format=torch.channels_last)
+    rounded = F.conv2d(x.float(), layer.conv.weight, stride=2, padding=1, groups=32).bfloat16()
+    torch.testing.assert_close(got, F.batch_norm(rounded, None, None, training=True), rtol=0.02, atol=1e-3)
 
 
 def test_compilers_get_the_plain_dilated_convolution():
