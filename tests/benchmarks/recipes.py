@@ -52,6 +52,7 @@ ELEMENTS = {
     "paper": "--recipe paper",  # these without the base
     "best": "--recipe best",
     "best, colour": "--recipe best --colour-jitter 0.4 0.4 0.4 0.05",
+    "best, strong colour": "--recipe best --colour-jitter 0.6 0.6 0.6 0.1",
     "best, colour, scale": "--recipe best --colour-jitter 0.4 0.4 0.4 0.05 --scale-range 0.5 2",
     "best, strong colour, scale": "--recipe best --colour-jitter 0.6 0.6 0.6 0.1 --scale-range 0.5 2",
 }
@@ -98,6 +99,14 @@ def splits_of(fold: str | None, args: argparse.Namespace) -> dict[str, str]:
     return {"split": joined([each for each in args.folds if each != fold]), "val_split": joined([fold])}
 
 
+def epochs_of(splits: dict[str, str], args: argparse.Namespace) -> int:
+    """Of a run on these splits: --epochs, or as many as --images are."""
+    if not args.images:
+        return args.epochs
+    parts = splits["split"].split("+")
+    return round(args.images / sum(len(find_samples(args.dataset, Path(args.data), part)[0]) for part in parts))
+
+
 def table(args: argparse.Namespace, records: list[dict]) -> list[str]:
     """Rows of Markdown: mean over seeds and folds, bounds of the seeds' means, gain over the base, and each fold."""
     folds = args.folds or [None]
@@ -128,6 +137,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data", default=str(ROOT.parent / "shared" / "camvid"), help="its folder (default: %(default)s)")
     add("--folds", nargs="+", metavar="PREFIX", help="leave out the files of one prefix after the other")
     add("--epochs", type=int, default=24, help="of each run (default: %(default)s)")
+    add("--images", type=int, help="instead of --epochs: images to train on in all, for folds of different size")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--only", nargs="+", choices=ELEMENTS, default=list(ELEMENTS), metavar="NAME", help=", ".join(ELEMENTS))
     add("--add", default="", metavar="FLAGS", help="more flags of train.py, for all runs")
@@ -144,19 +154,20 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     results = out / "results.jsonl"
     records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    common = {"dataset": args.dataset, "data": args.data, "epochs": args.epochs, "scale": args.scale}
+    common = {"dataset": args.dataset, "data": args.data, "scale": args.scale}
+    splits = [{"fold": fold, **splits_of(fold, args)} for fold in args.folds or [None]]
     cases = [
         {
             "name": name,
             "seed": seed,
-            "fold": fold,
             "flags": " ".join([MACHINE if "--recipe" in ELEMENTS[name] else BASE, ELEMENTS[name], args.add]),
-            **splits_of(fold, args),
+            "epochs": epochs_of(split, args),
+            **split,
             **common,
         }
         for seed in args.seeds
         for name in args.only
-        for fold in args.folds or [None]
+        for split in splits
     ]
     known = [record for record in records if any(case.items() <= record.items() for case in cases)]
     missing = [case for case in cases if not any(case.items() <= record.items() for record in known)]
