@@ -141,15 +141,15 @@ def values_of(table: bytes, *train_ids: int) -> list[int] | list[list[int]]:
 
 
 class Sample(NamedTuple):
-    """Paths of an image, its label map and, where there is one, its instance map."""
+    """Paths of an image and, where there are some, its label map and its instance map."""
 
     image: Path
-    label: Path
+    label: Path | None
     instances: Path | None = None
 
 
 def open_dataset(
-    name: str, root: str | Path, split: str, augmentation: Augmentation | None = None
+    name: str, root: str | Path, split: str, augmentation: Augmentation | None = None, labelled: bool = True
 ) -> SegmentationDataset:
     """Opens a split of a labelled dataset.
 
@@ -164,6 +164,7 @@ def open_dataset(
                 "colours": [[r, g, b], ...]}, values default to 0, 1, ...; with "labels": "colours", `colours`.
         split: name of a split, or several joined by "+"; "train:a*+val" takes only files of train that match a*.
         augmentation: applied to each sample; None for full images.
+        labelled: False also takes images without a label map; all their pixels are ignored.
 
     Raises DataError for no data, an image without its label or a label without its image, or a bad classes.json.
     """
@@ -171,7 +172,7 @@ def open_dataset(
     classes, table = read_classes(name, root)
     samples: list[Sample] = []
     for part in split_names(split):
-        found, problems = find_samples(name, root, part)
+        found, problems = find_samples(name, root, part, labelled)
         if problems:
             raise DataError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
         samples += found
@@ -193,7 +194,7 @@ _LAYOUTS = {  # folder of images, folder of labels, pattern of the files in both
 }
 
 
-def find_samples(name: str, root: Path, split: str) -> tuple[list[Sample], list[str]]:
+def find_samples(name: str, root: Path, split: str, labelled: bool = True) -> tuple[list[Sample], list[str]]:
     """The samples of one part of a split, and an error message for each unpaired file. Raises DataError."""
     split, _, wanted = split.partition(":")
     flat = name == "folder" and split in ("train", "val") and not any(p.is_dir() for p in root.glob("images/[!.]*"))
@@ -212,7 +213,7 @@ def find_samples(name: str, root: Path, split: str) -> tuple[list[Sample], list[
             f"{root / image_dir / wanted}: no images; check the folder, --dataset and the name of the split"
         )
     problems, unpaired = [], [stem for stem in labels if stem not in images]
-    for stem in [stem for stem in images if stem not in labels]:
+    for stem in [stem for stem in images if labelled and stem not in labels]:
         remedy = "add it, or remove this one"
         twin = min((other for other in unpaired if other.startswith(stem)), key=len, default=None)
         if twin:
@@ -220,8 +221,8 @@ def find_samples(name: str, root: Path, split: str) -> tuple[list[Sample], list[
             remedy = f'to rename all: cd "{folder}"; for f in *{end}; do mv "$f" "${{f%{end}}}{suffix}"; done'
         problems.append(f"{images[stem]}: no file of this name in {root / label_dir}; {remedy}")
     problems += [f"{labels[s]}: no file of this name in {root / image_dir}; add it, or remove this" for s in unpaired]
-    samples = [Sample(images[stem], labels[stem]) for stem in stems if stem in labels]
-    if name == "cityscapes" and ids == "labelIds":
+    samples = [Sample(images[stem], labels.get(stem)) for stem in stems if stem in labels or not labelled]
+    if name == "cityscapes" and ids == "labelIds" and labelled:
         maps = [s.label.with_name(s.label.name.replace("_labelIds", "_instanceIds")) for s in samples]
         samples = [s._replace(instances=path) if path.is_file() else s for s, path in zip(samples, maps)]
     return samples, problems
@@ -339,15 +340,27 @@ def read_label(path: str | Path, table: bytes) -> np.ndarray:
     unknown = train_ids == UNKNOWN
     if unknown.any():
         found, counts = np.unique(values[unknown], return_counts=True)
-        if len(found) > 24:
-            what = f"{len(found)} values on {unknown.mean():.1%} of the pixels are no class, as by interpolation"
-            raise DataError(f"{path}: {what}; export the label maps with nearest neighbour, as PNG")
-        most = found[np.argsort(-counts)][:5].tolist()
-        shown = [[*value.to_bytes(3, "big")] if by_colour else value for value in most]
+        most = found[np.argsort(-counts)][:100].tolist()
+        if len(found) > 8 and lie_between(most, table):
+            what = f"{len(found)} values on {unknown.mean():.1%} of the pixels lie between those of the classes"
+            raise DataError(f"{path}: {what}, as smoothing makes them; export or resize with nearest neighbour, as PNG")
+        shown = [[*value.to_bytes(3, "big")] if by_colour else value for value in most[:5]]
         what = f"label value {str(shown)[1:-1]} in {counts.sum()} pixels is no class; correct the file"
         remedy = 'or give the names "values" in classes.json, as in "values": [1, 2], "ignore": [0] if 0 is no label'
         raise DataError(f"{path}: {what}, {remedy}")
     return train_ids
+
+
+def lie_between(values: list[int], table: bytes) -> bool:
+    """Whether nearly all these values lie between two classes of a `label_table`: near a line, if they are colours."""
+    powers, tolerance = ([65536, 256, 1], 24) if len(table) > 256 else ([1], 0.5)
+    known = np.flatnonzero(np.frombuffer(table, np.uint8) < UNKNOWN)
+    points, known = (np.array(each)[:, None] // powers % 256 for each in (values, known))  # (V, C), (K, C)
+    steps = known[None] - known[:, None]  # (K, K, C), from every class to every other
+    offsets = points[:, None, None] - known[:, None]  # (V, K, 1, C)
+    along = (offsets * steps).sum(-1) / np.maximum(1, (steps**2).sum(-1))  # (V, K, K)
+    distances = np.linalg.norm(offsets - along.clip(0, 1)[..., None] * steps, axis=-1)
+    return np.mean(distances.min((1, 2)) < tolerance) > 0.9
 
 
 def _load(path: str | Path) -> Image.Image:
@@ -398,7 +411,10 @@ class SegmentationDataset(Dataset):
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """A full RGB image and its (H, W) uint8 label map of train ids, from their files."""
         sample = self.samples[index]
-        image, label = read_image(sample.image), read_label(sample.label, self.table)
+        image = read_image(sample.image)
+        if sample.label is None:
+            return image, np.full(image.size[::-1], IGNORE, np.uint8)
+        label = read_label(sample.label, self.table)
         height, width = label.shape
         if image.size != (width, height):
             note = " upright, as its Exif orientation says" if image.size == (height, width) else ""
@@ -635,7 +651,7 @@ def cache_in_ram(datasets: Sequence[SegmentationDataset]) -> str:
     if local_rank == 0:
         sizes = np.cumsum([sum(cache_bytes(dataset)) for dataset in datasets])
         num_cached = max(1, int((sizes < 0.8 * free_memory()).sum()))
-        caches = [RamCache(dataset, os.cpu_count() or 1) for dataset in datasets[:num_cached]]
+        caches = [RamCache(dataset, torch.get_num_threads()) for dataset in datasets[:num_cached]]
     if dist.is_initialized():
         pickled: list = [None] * dist.get_world_size()
         dist.all_gather_object(pickled, pickle.dumps(caches))  # bytes: only processes of one machine can unpickle them

@@ -19,11 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from launch import AMP_DTYPES, OneLineParser, UsageError, exit_status, gathered, memory_format, start_processes  # isort: skip
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (
@@ -38,49 +41,56 @@ from data import (
     normalise,
     open_dataset,
 )
-from launch import AMP_DTYPES, OneLineParser, UsageError, exit_status, gathered, memory_format, start_processes
 from model import MIN_SIZE, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint
 from ops_ext import accelerate, fast_precision
 
 # ---------------------------------------------------------------------------------------------------------- predictions
 
 
-def evaluate(
-    segment: Callable[[Tensor], Tensor],
-    dataset: SegmentationDataset,
-    *,
-    workers: int = 2,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Predicts each image of a split once, split across the processes. Raises DataError for a bad file.
+def evaluation_loader(dataset: SegmentationDataset, workers: int = 2, rank: int = 0, world_size: int = 1) -> DataLoader:
+    """The images rank, rank + world_size, ... of a split, one by one; they may differ in size."""
+    indices = range(rank, len(dataset), world_size)  # DistributedSampler repeats images to give each process as many
+    workers = min(workers, len(indices))
+    return DataLoader(
+        dataset,
+        batch_size=1,
+        sampler=indices,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=init_worker,
+        generator=torch.Generator(),  # keeps the loader off the global generator
+    )
 
-    Args:
-        segment: from (1, H, W, 3) uint8 RGB to (1, H, W) uint8 train ids, as `ops_ext.accelerate` makes it.
-        dataset: the split; images may differ in size.
-        workers: DataLoader workers per process.
-        rank, world_size: this process takes the images rank, rank + world_size, ...
+
+def evaluate(segment: Callable[[Tensor], Tensor], loader: DataLoader) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Predicts each image of an `evaluation_loader`. Raises DataError for a bad file.
+
+    `segment`: from (1, H, W, 3) uint8 RGB to (1, H, W) uint8 train ids, as `ops_ext.accelerate` makes it.
 
     Yields:
         index in the dataset; image (H, W, 3), label (H, W) and, on the network's device, prediction (H, W), all uint8.
     """
-    indices = range(rank, len(dataset), world_size)
-    # Not DistributedSampler, which repeats images to give each process as many.
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_size=1,
-        sampler=indices,
-        num_workers=min(workers, len(indices)),
-        worker_init_fn=init_worker,
-        generator=torch.Generator(),  # keeps the loader off the global generator
-    )
-    bar = tqdm(loader, "evaluation", unit="image", leave=False, disable=None if rank == 0 else True)
-    for index, (image, label) in zip(indices, bar):
+    first_process = loader.sampler.start == 0
+    bar = tqdm(loader, "evaluation", unit="image", leave=False, disable=None if first_process else True)
+    for index, (image, label) in zip(loader.sampler, bar):
         height, width = label.shape[1:]
         if min(height, width) < MIN_SIZE:
-            path = dataset.samples[index].image
+            path = loader.dataset.samples[index].image
             raise DataError(f"{path}: {width}x{height} pixels, expected at least {MIN_SIZE}x{MIN_SIZE}")
         yield index, image[0], label[0], segment(image)[0]
+
+
+def resized(segment: Callable[[Tensor, Sequence[int]], Tensor], scale: float) -> Callable[[Tensor], Tensor]:
+    """`segment` of `ops_ext.accelerate` on images that are resized by `scale`; the labels have the images' own size."""
+
+    def segment_resized(images: Tensor) -> Tensor:
+        full_size = images.shape[1:3]
+        size = [max(MIN_SIZE, round(side * scale)) for side in full_size]
+        pixels = images.permute(0, 3, 1, 2).float()
+        pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=scale < 1)
+        return segment(pixels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), full_size)
+
+    return segment if scale == 1 else segment_resized
 
 
 class AveragedNetwork:
@@ -359,8 +369,8 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add("--dataset", help="cityscapes, camvid or folder (default: by the classes of the weights)")
     add("--data", metavar="ROOT", help="the dataset's folder (default: datasets/NAME)")
     add("--split", default="val", help="split to evaluate, or several joined by + (default: %(default)s)")
-    add("--scales", type=float, nargs="+", default=[1.0], metavar="S",
-        help="factors of the input's size, averaged; 0.5 is the paper's half resolution (default: 1.0)")  # fmt: skip
+    add("--scales", type=float, nargs="+", metavar="S",
+        help="factors of the images' size, averaged; 0.5 is half resolution (default: as trained)")  # fmt: skip
     add("--flip", action="store_true", help="also average over the mirrored image")
     add("--window", type=int, nargs=2, metavar=("H", "W"),
         help="predict in overlapping windows of this size in pixels, for images that do not fit in memory")  # fmt: skip
@@ -387,7 +397,8 @@ def open_for_evaluation(args: argparse.Namespace) -> tuple[dict, FastSCNN, Segme
     inferred = next((name for name, classes in known.items() if names in (None, list(classes.names))), "folder")
     args.dataset = args.dataset or inferred
     args.data = args.data or f"datasets/{args.dataset}"
-    dataset = open_dataset(args.dataset, args.data, args.split)
+    args.scales = args.scales or [checkpoint.get("scale", 1.0)]
+    dataset = open_dataset(args.dataset, args.data, args.split, labelled=not getattr(args, "submit", None))
     expected = list(dataset.classes.names)
     model = build_from_checkpoint(checkpoint, args.weights, num_classes=len(expected))
     if names not in (None, expected):
@@ -407,8 +418,8 @@ def make_segment(args: argparse.Namespace, model: FastSCNN, device: torch.device
     if args.window and min(args.window) < MIN_SIZE:
         raise UsageError(f"--window {args.window[0]} {args.window[1]}: expected at least {MIN_SIZE} pixels each")
     precision = fast_precision(device) if args.amp == "auto" else AMP_DTYPES[args.amp] or torch.float32
-    if args.scales == [1.0] and not args.flip and not args.window:
-        return accelerate(model, device=device, precision=precision)
+    if len(args.scales) == 1 and not args.flip and not args.window:
+        return resized(accelerate(model, device=device, precision=precision), args.scales[0])
     return AveragedNetwork(model, device, args.scales, args.flip, precision, args.window)
 
 
@@ -425,8 +436,8 @@ def main(argv: list[str] | None = None) -> None:
             Path(folder).mkdir(parents=True, exist_ok=True)
 
     scores, sheet_rows = SplitScores(dataset), []
-    predictions = evaluate(segment, dataset, workers=args.workers, rank=rank, world_size=world_size)
-    for index, image, label, prediction in predictions:
+    loader = evaluation_loader(dataset, args.workers, rank, world_size)
+    for index, image, label, prediction in evaluate(segment, loader):
         scores.add(index, label, prediction)
         if args.submit:
             write_submission(dataset, index, prediction, Path(args.submit))
@@ -436,6 +447,8 @@ def main(argv: list[str] | None = None) -> None:
     result = scores.metrics(world_size)
     if rank == 0:
         print(format_table(result))
+        if args.scales != [1.0]:
+            print(f"images seen at {' and '.join(map(str, args.scales))} times their size")
         if args.sheet:
             contact_sheet(sheet_rows, ("image", "truth", "prediction")).save(args.sheet)
             print(f"wrote {args.sheet}")

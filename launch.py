@@ -1,8 +1,12 @@
-"""What every script begins with: device, process group, exit status; and what depends on the kind of accelerator."""
+"""What every script begins with: device, process group, exit status; and what depends on the kind of accelerator.
+
+Scripts import it before other packages: where these are missing, and at Ctrl-C while they load, it prints one line.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -10,9 +14,16 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
-import torch
-import torch.distributed as dist
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # else threads spin at OpenMP's barriers, on a busy machine for long
+try:
+    import torch
+    import torch.distributed as dist
+except (KeyboardInterrupt, ModuleNotFoundError) as error:
+    missing = isinstance(error, ModuleNotFoundError)
+    print(f"{error}; bash run.sh installs what is needed" if missing else "interrupted", file=sys.stderr)
+    sys.exit(2 if missing else 130)
 
 if [int(number) for number in torch.__version__.split(".")[:2]] < [2, 11]:
     print(f"torch {torch.__version__} is too old, 2.11 is needed; bash run.sh installs it", file=sys.stderr)
@@ -69,12 +80,23 @@ def exit_status(main: Callable[[], int | None], errors: tuple[type[Exception], .
     return status
 
 
+def available_cpus() -> int:
+    """CPUs that this process may use, by its affinity and the quota of its cgroup."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no container, or "max"
+        group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2])
+        quota, period = map(int, (group / "cpu.max").read_text().split())
+        cpus = min(cpus, max(1, round(quota / period)))
+    return cpus
+
+
 def start_processes(device_name: str | None = None, timeout_minutes: float = 30) -> tuple[torch.device, int, int]:
     """Device, rank and world size of this process, after it has joined the others that torchrun started.
 
     device_name is "cpu", "cuda:1", ..., or None for the machine's accelerator, or the CPU where there is none. Raises
     UsageError for a device that is not there, or fewer devices than processes.
     """
+    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if device_name is not None:
         kind, _, index = device_name.partition(":")

@@ -31,7 +31,15 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch is loaded: on a busy machine spinning threads starve
+from launch import (  # isort: skip
+    AMP_DTYPES,
+    OneLineParser,
+    UsageError,
+    available_cpus,
+    exit_status,
+    memory_format,
+    start_processes,
+)
 
 import numpy as np
 import torch
@@ -49,8 +57,7 @@ from data import (
     open_dataset,
     train_loader,
 )
-from eval import confusion_matrix, evaluate, metrics
-from launch import AMP_DTYPES, OneLineParser, UsageError, exit_status, memory_format, start_processes
+from eval import confusion_matrix, evaluate, evaluation_loader, metrics, resized
 from model import VARIANTS, CheckpointError, FastSCNN, build_from_checkpoint, read_checkpoint
 from ops_ext import accelerate, fast_precision, implementations, upsample_cross_entropy
 
@@ -116,6 +123,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--split", default="train", help="split to train on, or several joined by + (default: %(default)s)")
     add("--val-split", default="val", help="split to validate on (default: %(default)s)")
     add("--crop-size", type=number(int, 32), nargs=2, default=[512, 1024], metavar=("H", "W"), help="in pixels")
+    add("--scale", type=number(float, 0.1, 10), default=1.0, metavar="FACTOR",
+        help="resize all images by this, also to evaluate and to predict with the weights (default: %(default)s)")
     add("--scale-range", type=number(float, 0.01, 100), nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"),
         help="random resize factor before the crop; narrow it for short runs (default: 0.5 2)")
     add("--colour-jitter", type=share, nargs=4, default=[0.3, 0.0, 0.0, 0.0], metavar=("B", "C", "S", "H"),
@@ -124,7 +133,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="redraw a crop of which one class covers more than this, at most 9 times (default: %(default)s)")
     add("--half-resolution", type=share, default=0.0, metavar="SHARE",
         help="train this share of the epochs, the first ones, at half resolution (default: %(default)s)")
-    add("--workers", type=number(int, 0), default=min(4, os.cpu_count() or 1), metavar="N",
+    add("--workers", type=number(int, 0), default=min(4, available_cpus()), metavar="N",
         help="decoding processes per training process; 0 decodes between steps (default: %(default)s)")
     add("--cache", choices=("none", "ram"), default="none",
         help="ram keeps all images decoded, 4 bytes per pixel, in shared memory (default: %(default)s)")
@@ -441,6 +450,7 @@ class Run:
         self.loader = train_loader(
             train_set, args.batch_size, workers=args.workers, seed=args.seed, rank=rank, world_size=world_size
         )
+        self.val_loader = evaluation_loader(self.val_set, args.workers, rank, world_size)
         self.steps_per_epoch, self.image_hw = len(self.loader), list(train_set.read(0)[1].shape)
         custom = args.dataset == "folder"  # check every sample before the first step, of known datasets 20
         if rank == 0:
@@ -496,7 +506,7 @@ def open_datasets(args: argparse.Namespace) -> tuple[SegmentationDataset, Segmen
     brightness, contrast, saturation, hue = args.colour_jitter
     augmentation = Augmentation(
         tuple(args.crop_size),
-        tuple(sorted(args.scale_range)),
+        tuple(args.scale * factor for factor in sorted(args.scale_range)),
         brightness=brightness,
         contrast=contrast,
         saturation=saturation,
@@ -663,8 +673,7 @@ def validate(run: Run, signals: Signals) -> dict:
             dist.broadcast(buffer, 0)
     segment = accelerate(run.evaluated, device=run.device, precision=AMP_DTYPES[args.amp] or torch.float32)
     confusion = torch.zeros(len(classes.names), len(classes.names), dtype=torch.int64, device=run.device)
-    predictions = evaluate(segment, run.val_set, workers=args.workers, rank=run.rank, world_size=run.world_size)
-    for _, _, label, prediction in predictions:
+    for _, _, label, prediction in evaluate(resized(segment, args.scale), run.val_loader):
         confusion += confusion_matrix(prediction, label, len(classes.names))
         if signals.received:
             break
@@ -691,12 +700,13 @@ def saved_checkpoints(folder: Path) -> list[Path]:
 
 
 def network_state(run: Run, epoch: int) -> dict:
-    """What every checkpoint holds: the network, how to build it, its classes, the size of the first training image."""
+    """What every checkpoint holds: the network, how to build it, its classes, size and scale of the training images."""
     return {
         "model": run.evaluated.state_dict(),
         "model_args": run.model.args,
         "classes": run.val_set.classes.to_dict(),
-        "image_hw": run.image_hw,
+        "image_hw": [round(run.args.scale * side) for side in run.image_hw],
+        "scale": run.args.scale,
         "epoch": epoch,
         "args": vars(run.args),
     }

@@ -362,9 +362,32 @@ def test_label_maps_saved_with_smoothing_are_named_as_such(folder_dataset):
         fields = {"names": ["background", "road"], "values": [0, 255]}
         if in_colours:
             fields = {"names": fields["names"], "values": [[0] * 3, [255] * 3], "labels": "colours"}
-        message = r"0.png: \d+ values on \d+.\d% of the pixels are no class, as by interpolation; .* nearest neighbour"
-        with pytest.raises(DataError, match=message):
+        message = r"0.png: \d+ values on \d+.\d% of the pixels lie between those of the classes, .* nearest neighbour"
+        with pytest.raises(DataError, match=message) as error:
             with_classes(folder_dataset, **fields).read(0)
+        assert "\n" not in str(error.value)
+
+
+def test_smoothed_colours_are_told_from_forgotten_classes(folder_dataset):
+    path = folder_dataset / "labels/train/0.png"
+    picture = Image.new("RGB", (64, 48), (128, 64, 128))
+    picture.paste((0, 0, 142), (20, 10, 50, 40))
+    picture.paste((107, 142, 35), (40, 0, 64, 20))
+    colours = {"names": ["road", "car", "tree"], "labels": "colours"}
+    colours["colours"] = [[128, 64, 128], [0, 0, 142], [107, 142, 35]]
+    picture.rotate(10, Image.Resampling.BILINEAR, fillcolor=(128, 64, 128)).save(path)
+    with pytest.raises(DataError, match="lie between those of the classes"):
+        with_classes(folder_dataset, **colours).read(0)
+    for value in range(9):  # nine more classes
+        picture.paste((200, 25 * value, 255 - 25 * value), (5 * value, 40, 5 * value + 5, 48))
+    picture.save(path)
+    with pytest.raises(DataError, match="in 360 pixels is no class"):
+        with_classes(folder_dataset, **colours).read(0)
+    Image.fromarray(np.arange(64, dtype=np.uint8)[None].repeat(48, 0)).save(
+        path
+    )  # 64 classes
+    with pytest.raises(DataError, match="in 2928 pixels is no class"):
+        with_classes(folder_dataset, names=["a", "b", "c"]).read(0)
 
 
 def test_the_advice_for_labels_from_1_on_shifts_no_name(folder_dataset):

@@ -1,6 +1,8 @@
 """Metrics by hand, evaluation of a split, test-time averaging, and what eval.py says to wrong input."""
 
 import json
+import shutil
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +13,16 @@ from PIL import Image
 import eval as evaluation
 from conftest import ROOT, last_json, run_script
 from data import CAMVID, CITYSCAPES, CITYSCAPES_LABEL_IDS, Classes, DataError, normalise, open_dataset
-from eval import AveragedNetwork, confusion_matrix, contact_sheet, evaluate, metrics, sliding_window, window_starts
+from eval import (
+    AveragedNetwork,
+    confusion_matrix,
+    contact_sheet,
+    evaluate,
+    evaluation_loader,
+    metrics,
+    sliding_window,
+    window_starts,
+)
 from launch import exit_status
 from model import CheckpointError, FastSCNN, load_weights
 from ops_ext import accelerate
@@ -93,12 +104,12 @@ def status_of(*argv):
     return exit_status(lambda: evaluation.main(argv), (DataError, CheckpointError))
 
 
-def save_network(path, num_classes, classes=None):
+def save_network(path, num_classes, classes=None, **fields):
     """An untrained network as a checkpoint."""
     torch.manual_seed(0)
     model = FastSCNN(num_classes)
     named = {"classes": classes.to_dict()} if classes else {}
-    torch.save({"model": model.state_dict(), "model_args": model.args, **named}, path)
+    torch.save({"model": model.state_dict(), "model_args": model.args, **named, **fields}, path)
     return path
 
 
@@ -113,7 +124,7 @@ def test_confusion_matrix_by_hand():
 
 def test_every_image_is_predicted_once_by_one_of_the_processes(weights, drawn):
     dataset, segment = open_dataset("cityscapes", drawn, "val"), accelerate(load_weights(weights))
-    shares = [list(evaluate(segment, dataset, workers=0, rank=rank, world_size=2)) for rank in (0, 1)]
+    shares = [list(evaluate(segment, evaluation_loader(dataset, 0, rank, world_size=2))) for rank in (0, 1)]
     assert [[index for index, *_ in share] for share in shares] == [[0, 2, 4], [1, 3]]
     for index, image, label, prediction in shares[0] + shares[1]:
         assert torch.equal(image, dataset[index][0]) and torch.equal(label, dataset[index][1])
@@ -208,6 +219,45 @@ def test_submission_holds_label_ids_under_the_servers_names(weights, drawn, fold
     own = save_network(tmp_path / "own.pth", 3)
     flags = ("--weights", own, "--dataset", "folder", "--data", folder_dataset, "--submit", tmp_path / "t")
     assert status_of(*flags) == 2 and "which folder does not have" in capsys.readouterr().err
+
+
+def test_a_submission_needs_no_labels(weights, drawn, tmp_path, capsys):
+    shutil.copytree(drawn / "leftImg8bit/val", tmp_path / "leftImg8bit/test")
+    args = ("--weights", weights, "--data", tmp_path, "--split", "test")
+    assert status_of(*args, "--submit", tmp_path / "s") == 0
+    result = last_json(capsys.readouterr().out)
+    assert result["images"] == 5 and result["miou"] is None
+    assert status_of("--weights", weights, "--data", drawn, "--submit", tmp_path / "v") == 0
+    for path in (tmp_path / "v").iterdir():
+        assert path.read_bytes() == (tmp_path / "s" / path.name).read_bytes()
+    assert status_of(*args) == 2 and "no file of this name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", [1.5, 0.5])
+def test_images_are_seen_at_the_scale_of_the_training_unless_the_flags_say_otherwise(drawn, tmp_path, capsys, scale):
+    weights = save_network(tmp_path / "w.pth", 19, CITYSCAPES, scale=scale)
+    assert status_of("--weights", weights, "--data", drawn, "--submit", tmp_path / "s") == 0
+    output = capsys.readouterr().out
+    assert last_json(output)["scales"] == [scale] and f"images seen at {scale} times their size" in output
+    dataset, segment = open_dataset("cityscapes", drawn, "val"), accelerate(load_weights(weights))
+    image, size = Image.fromarray(dataset[0][0].numpy()), (round(192 * scale), round(96 * scale))
+    seen = torch.from_numpy(np.array(image.resize(size, Image.Resampling.BILINEAR)))
+    label_ids = np.array(CITYSCAPES_LABEL_IDS)[segment(seen[None], (96, 192))[0].numpy()]
+    written = np.array(Image.open(min((tmp_path / "s").iterdir())))
+    assert (written == label_ids).mean() > 0.98  # PyTorch's and Pillow's resizing round differently
+    assert status_of("--weights", weights, "--data", drawn, "--scales", 1) == 0
+    output = capsys.readouterr().out
+    assert last_json(output)["scales"] == [1.0] and "images seen" not in output
+
+
+@pytest.mark.parametrize("context", ["spawn", "forkserver"])
+def test_workers_may_be_started_in_any_way(drawn, context, monkeypatch):
+    dataset = open_dataset("cityscapes", drawn, "val")
+    monkeypatch.setattr(evaluation, "DataLoader", partial(evaluation.DataLoader, multiprocessing_context=context))
+    loader = evaluation_loader(dataset, workers=2)
+    for _ in range(2):  # the workers stay for the next validation
+        seen = [index for index, *_ in evaluate(lambda images: images[..., 0], loader)]
+        assert seen == [0, 1, 2, 3, 4]
 
 
 def test_what_the_user_can_mend_is_one_line_and_status_2(weights, drawn, folder_dataset, tmp_path, capsys):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,39 @@ def test_a_small_shared_memory_is_named(capsys):
 def die(number):
     os.kill(os.getpid(), number)
     time.sleep(60)
+
+
+def test_missing_packages_and_ctrl_c_while_they_load_are_one_line(tmp_path):
+    for content, status, text in (
+        ("raise ModuleNotFoundError(\"No module named 'torch'\")", 2, "No module named 'torch'; bash run.sh installs"),
+        ("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)", 130, "interrupted"),
+    ):
+        (tmp_path / "torch.py").write_text(content)
+        for script in ("train.py", "eval.py", *(f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py"))):
+            environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+            command = [sys.executable, ROOT / script, "--help"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.returncode == status, script
+            assert done.stderr.startswith(text) and done.stderr.count("\n") == 1, script
+
+
+def test_cpus_are_those_of_affinity_and_of_the_containers_quota(tmp_path, monkeypatch):
+    folder = tmp_path / "sys/fs/cgroup/job"
+    folder.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
+    monkeypatch.setattr(launch, "Path", lambda path: Path(f"{tmp_path}/{path}"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
+    for quota, expected in (("250000 100000", 2), ("40000 100000", 1), ("max 100000", 6), ("900000 100000", 6)):
+        (folder / "cpu.max").write_text(quota + "\n")
+        assert launch.available_cpus() == expected
+    (folder / "cpu.max").write_text("100000 100000\n")
+    threads = torch.get_num_threads()
+    try:
+        start_processes("cpu")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def exchange():

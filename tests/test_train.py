@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,11 +18,13 @@ from PIL import Image
 from torch import nn
 
 import data
+import eval as evaluation
 import train
-from conftest import ROOT, run_ranks
+from conftest import ROOT, run_ranks, run_script
 from data import IGNORE, DataError
 from launch import UsageError, exit_status
 from model import CheckpointError, FastSCNN, load_weights, read_checkpoint
+from ops_ext import accelerate
 from train import learning_rate, segmentation_loss
 
 
@@ -86,10 +89,50 @@ def test_images_to_train_and_to_validate_on_are_counted_and_said(folder_dataset,
         assert f"{text} of them in both" in (tmp_path / split / "logs/train.log").read_text()
 
 
+def test_the_scale_of_the_images_holds_in_training_and_validation_and_is_stored(drawn, tmp_path, monkeypatch):
+    datasets = train.open_datasets(
+        train.parse_args(["--data", str(drawn), "--scale", "1.5", "--scale-range", "1", "2"])
+    )
+    assert datasets[0].augmentation.scale_range == (1.5, 3.0)
+    seen = []
+
+    def watched(model, **options):
+        segment = accelerate(model, **options)
+        return lambda images, *size: seen.append(tuple(images.shape)) or segment(images, *size)
+
+    monkeypatch.setattr(train, "accelerate", watched)
+    assert run(drawn, tmp_path, epochs=1, scale=1.5) == 0
+    assert seen == [(1, 144, 288, 3)] * 5
+    checkpoint = read_checkpoint(tmp_path / "checkpoints/best_model.pth")
+    assert checkpoint["scale"] == 1.5 and checkpoint["image_hw"] == [144, 288]
+    done = run_script("eval.py", "--weights", tmp_path / "checkpoints/best_model.pth", "--data", drawn)
+    result, logged = json.loads(done.stdout.splitlines()[-1]), records(tmp_path, "val")[-1]
+    assert result["scales"] == [1.5] and result["miou"] == logged["miou"]
+
+
+def test_the_loader_for_validation_is_made_once(drawn, tmp_path, monkeypatch):
+    made = []
+    loader = evaluation.DataLoader
+    monkeypatch.setattr(evaluation, "DataLoader", lambda *args, **options: made.append(1) or loader(*args, **options))
+    assert run(drawn, tmp_path, epochs=3, workers=1) == 0
+    assert len(records(tmp_path, "val")) == 3 and len(made) == 1
+
+
+def test_a_signal_before_the_first_batch_is_obeyed(drawn, tmp_path):
+    """At any time of the start: 143 as by default, or 75 where the signal is handled already."""
+    for number, seconds in enumerate((0.2, 1.5, 3, 4)):
+        argv = flags(drawn, tmp_path / str(number), epochs=1000, workers=2)
+        process = subprocess.Popen([sys.executable, ROOT / "train.py", *argv], stderr=subprocess.PIPE, text=True)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode in (-signal.SIGTERM, train.STOPPED) and "memory" not in errors, errors
+
+
 def test_threads_of_a_training_spin_briefly_unless_the_user_says_otherwise():
     for given, expected in (({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
         environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
-        command = [sys.executable, "-c", "import sys, os, train; print(os.environ['GOMP_SPINCOUNT'])"]
+        command = [sys.executable, "-c", "import os, launch; print(os.environ['GOMP_SPINCOUNT'])"]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.stdout.strip() == expected, done.stderr
 

@@ -20,15 +20,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch import AMP_DTYPES, OneLineParser, UsageError, exit_status, name_of, start_processes  # isort: skip
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import train
 from data import MEAN, STD, DataError
-from launch import AMP_DTYPES, OneLineParser, UsageError, exit_status, name_of, start_processes
 from model import MIN_SIZE, CheckpointError, FastSCNN, load_weights
 from ops_ext import accelerate, fast_precision
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
 import sys
 from collections import Counter
@@ -23,12 +22,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launch import available_cpus, OneLineParser, exit_status  # isort: skip
+
 import numpy as np
 from PIL import Image
 
 from data import IGNORE, DataError, SegmentationDataset, find_samples, label_problem, read_classes, values_of
 from eval import contact_sheet
-from launch import OneLineParser, exit_status
 from model import MIN_SIZE
 
 
@@ -70,7 +70,7 @@ def check_split(dataset: SegmentationDataset) -> tuple[dict, np.ndarray, list[st
         {"images", "sizes": {"WxH": images}, "unlabelled": share of the pixels, "classes": {name: share of the labelled
         pixels}}; (256,) pixels of each train id; the problems; a digest of every image.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool:
         results = list(pool.map(read_sample, [dataset] * len(dataset), range(len(dataset))))
     problems = [str(result) for result in results if isinstance(result, DataError)]
     seen = [(s, *result) for s, result in zip(dataset.samples, results) if not isinstance(result, DataError)]

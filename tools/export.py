@@ -17,13 +17,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch import OneLineParser, UsageError, exit_status  # isort: skip
+
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from data import MEAN, STD
-from launch import OneLineParser, UsageError, exit_status
 from model import VARIANTS, CheckpointError, build_from_checkpoint, read_checkpoint, save_for_peer
 
 

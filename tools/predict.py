@@ -25,6 +25,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch import OneLineParser, UsageError, exit_status, gathered, start_processes  # isort: skip
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -36,10 +40,7 @@ try:
 except ModuleNotFoundError:  # only video needs it
     av = None
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from data import CAMVID, CITYSCAPES, IMAGE_SUFFIXES, Classes, DataError, read_image
-from launch import OneLineParser, UsageError, exit_status, gathered, start_processes
 from model import MIN_SIZE, CheckpointError, build_from_checkpoint, read_checkpoint
 from ops_ext import accelerate
 

@@ -20,16 +20,26 @@ from datetime import timedelta
 from html import escape
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch import OneLineParser, exit_status, name_of, start_processes  # isort: skip
+
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import train
 from data import IGNORE, Classes, DataError
-from eval import SplitScores, add_evaluation_flags, evaluate, make_segment, metrics, open_for_evaluation, percent
-from launch import OneLineParser, exit_status, name_of, start_processes
+from eval import (
+    SplitScores,
+    add_evaluation_flags,
+    evaluate,
+    evaluation_loader,
+    make_segment,
+    metrics,
+    open_for_evaluation,
+    percent,
+)
 from model import CheckpointError
 
 STYLE = """
@@ -254,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     segment = make_segment(args, model, device)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # rather now than after the evaluation
     scores, accuracies = SplitScores(dataset), []
-    for index, _, label, prediction in evaluate(segment, dataset, workers=args.workers):
+    for index, _, label, prediction in evaluate(segment, evaluation_loader(dataset, args.workers)):
         figures = metrics(scores.add(index, label, prediction), dataset.classes)
         if figures["miou"] is not None:
             accuracies.append((figures["pixel_accuracy"], figures["miou"], index))

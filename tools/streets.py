@@ -19,13 +19,13 @@ from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch import available_cpus, OneLineParser, UsageError, exit_status  # isort: skip
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from launch import OneLineParser, UsageError, exit_status
 
 # Cityscapes label ids
 EGO, STATIC, ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE = 1, 4, 7, 8, 11, 12, 13, 17
@@ -637,7 +637,7 @@ def main(argv: list[str] | None = None) -> None:
     """Draws as the command line says."""
     args = get_args_parser().parse_args(argv)
     counts = {"train": args.train, "val": args.val}
-    write_dataset(args.root, counts, *args.size, args.seed, processes=os.cpu_count() or 1)
+    write_dataset(args.root, counts, *args.size, args.seed, processes=available_cpus())
     print(json.dumps({"out": str(args.root), **counts, "size": args.size, "seed": args.seed}))
 
 
