@@ -134,6 +134,23 @@ def test_smoothed_label_maps_are_one_line(folder_dataset, capsys):
     assert "of the pixels are no class, as by interpolation" in lines[0] and lines[0].endswith(" (and 3 more like it)")
 
 
+def test_neighbours_of_train_images_in_val_are_noted(folder_dataset, capsys):
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 200, (12, 16, 3), np.uint8).repeat(4, 0).repeat(4, 1) for _ in range(4)]
+    for name, frame in zip(("train/0", "train/1", "val/0", "val/1"), frames):
+        Image.fromarray(frame).save(folder_dataset / f"images/{name}.png")
+    assert check("folder", folder_dataset)["notes"] == []
+    moved = np.roll(frames[1], 1, 1) + rng.integers(0, 30, frames[1].shape, np.uint8)
+    Image.fromarray(moved).save(folder_dataset / "images/val/0.png")
+    (note,) = check("folder", folder_dataset)["notes"]
+    assert note.startswith("1 of 2 images of val look like neighbours") and "val/0.png like " in note
+    for kind in ("images", "labels"):
+        for split, number in (("train", 17), ("val", 18)):
+            (folder_dataset / kind / split / "1.png").rename(folder_dataset / kind / split / f"drive_{number}.png")
+    assert main([str(folder_dataset)]) == 0  # a note is no problem
+    assert "note: train and val both have images named drive_*, if of one recording" in capsys.readouterr().out
+
+
 def test_command_line_from_another_folder(folder_dataset, tmp_path):
     done = run_script("tools/check.py", folder_dataset, "--sheet", "sheets/own.png", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "") and "no problems" in done.stdout
@@ -159,6 +176,10 @@ def test_drawn_scenes_have_no_problems(drawn):
     report = check("cityscapes", drawn)
     assert report["problems"] == [] and report["splits"]["train"]["images"] == 12
     assert sum(report["splits"]["val"]["classes"].values()) == pytest.approx(1)
+
+
+def test_camvids_val_is_part_of_a_drive_in_train(camvid):
+    assert "images named 0016E5_*" in str(check("camvid", camvid)["notes"])
 
 
 def test_camvid_as_others_have_counted_it(camvid):

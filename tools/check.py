@@ -37,12 +37,13 @@ def check(name: str, root: Path) -> dict:
 
     Returns:
         {"dataset", "values": {class: its values in the label maps}, "splits": {split: see `check_split`},
-        "problems": [...]}.
+        "problems": [...], "notes": [...]}.
     """
     classes, table = read_classes(name, root)
     values = {name: values_of(table, i) for i, name in enumerate(classes.names)}
-    report = {"dataset": name, "values": values, "splits": {}, "problems": []}
+    report = {"dataset": name, "values": values, "splits": {}, "problems": [], "notes": []}
     first_with: dict[bytes, Path] = {}  # the first image of every digest
+    thumbnails: dict[str, dict[Path, np.ndarray]] = {}
     for split in ("train", "val", "test"):
         try:
             samples, unpaired = find_samples(name, root, split)
@@ -52,7 +53,7 @@ def check(name: str, root: Path) -> dict:
             report["problems"] += unpaired[:1] if split != "test" else []  # which may lack labels, or not exist
             continue
         dataset = SegmentationDataset(samples, classes, table)
-        report["splits"][split], pixels, problems, digests = check_split(dataset)
+        report["splits"][split], pixels, problems, digests, thumbnails[split] = check_split(dataset)
         for path, digest in digests.items():
             other = first_with.setdefault(digest, path)
             if other != path:
@@ -60,23 +61,41 @@ def check(name: str, root: Path) -> dict:
         report["problems"] += unpaired + problems
         problem = label_problem(dataset, pixels, every_class=name == "folder" and split == "train")
         report["problems"] += [f"{split}: {problem}"] if problem and split != "test" else []
+    if thumbnails.get("train") and thumbnails.get("val"):
+        report["notes"] = neighbours(thumbnails["train"], thumbnails["val"])
     return report
 
 
-def check_split(dataset: SegmentationDataset) -> tuple[dict, np.ndarray, list[str], dict[Path, bytes]]:
+def neighbours(train: dict[Path, np.ndarray], val: dict[Path, np.ndarray]) -> list[str]:
+    """Signs that images of val are of the same recordings as images of train, by their looks and their names."""
+    notes, advice = [], "val then says little about another place; split by recording"
+    alike = np.stack([*val.values()]) @ np.stack([*train.values()]).T  # of different streets at most 0.9
+    if count := int((alike.max(1) > 0.95).sum()):
+        first, second = np.unravel_index(alike.argmax(), alike.shape)
+        pair = f"{[*val][first]} like {[*train][second]}"
+        notes.append(f"{count} of {len(val)} images of val look like neighbours of images of train, {pair}: {advice}")
+    recordings = [{re.sub(r"\d*$", "", path.stem) for path in split} for split in (train, val)]
+    if shared := sorted(recordings[0] & recordings[1] - {""}):
+        notes.append(f"train and val both have images named {shared[0]}*, if of one recording: {advice}")
+    return notes
+
+
+def check_split(
+    dataset: SegmentationDataset,
+) -> tuple[dict, np.ndarray, list[str], dict[Path, bytes], dict[Path, np.ndarray]]:
     """Reads all images and label maps of a split.
 
     Returns:
         {"images", "sizes": {"WxH": images}, "unlabelled": share of the pixels, "classes": {name: share of the labelled
-        pixels}}; (256,) pixels of each train id; the problems; a digest of every image.
+        pixels}}; (256,) pixels of each train id; the problems; a digest and a thumbnail of every image.
     """
     with ThreadPoolExecutor(available_cpus()) as pool:
         results = list(pool.map(read_sample, [dataset] * len(dataset), range(len(dataset))))
     problems = [str(result) for result in results if isinstance(result, DataError)]
     seen = [(s, *result) for s, result in zip(dataset.samples, results) if not isinstance(result, DataError)]
-    pixels = sum((counts for *_, counts, _ in seen), np.zeros(256, np.int64))
+    pixels = sum((counts for _, _, counts, *_ in seen), np.zeros(256, np.int64))
     labelled = int(pixels[:IGNORE].sum())
-    for sample, (width, height), counts, _ in seen:
+    for sample, (width, height), counts, *_ in seen:
         if labelled and not counts[:IGNORE].any():
             problems.append(f"{sample.label}: no pixel has a label; label it, or remove it and its image")
         if min(width, height) < MIN_SIZE:
@@ -87,17 +106,23 @@ def check_split(dataset: SegmentationDataset) -> tuple[dict, np.ndarray, list[st
         "unlabelled": float(pixels[IGNORE] / max(1, pixels.sum())),
         "classes": {name: float(count / max(1, labelled)) for name, count in zip(dataset.classes.names, pixels)},
     }
-    return content, pixels, problems, {sample.image: digest for sample, *_, digest in seen}
+    digests, thumbnails = ({sample.image: rest[i] for sample, *rest in seen} for i in (2, 3))
+    return content, pixels, problems, digests, thumbnails
 
 
-def read_sample(dataset: SegmentationDataset, index: int) -> tuple[tuple[int, int], np.ndarray, bytes] | DataError:
-    """Width and height, (256,) pixels of each train id, and a digest of the image; or why it cannot be read."""
+def read_sample(dataset: SegmentationDataset, index: int) -> tuple | DataError:
+    """Width and height, (256,) pixels of each train id, a digest and a thumbnail; or why the sample cannot be read.
+
+    The thumbnail: (384,) grey values with a mean of 0 and a length of 1, so that products are correlations.
+    """
     try:
         image, label = dataset.read(index)
     except DataError as error:
         return error
     digest = hashlib.blake2b(b"%d" % image.width + image.tobytes(), digest_size=16).digest()
-    return image.size, np.bincount(label.ravel(), minlength=256), digest
+    grey = np.asarray(image.convert("L").resize((24, 16), Image.Resampling.BOX), float).ravel()
+    grey -= grey.mean()
+    return image.size, np.bincount(label.ravel(), minlength=256), digest, grey / max(1e-6, np.linalg.norm(grey))
 
 
 def sheet_rows(name: str, root: Path, split: str) -> Iterator[list[Image.Image]]:
@@ -125,6 +150,8 @@ def print_report(report: dict) -> None:
         kinds.setdefault(kind, []).append(problem)
     for first, *others in kinds.values():
         print(f"problem: {first}{f' (and {len(others)} more like it)' if others else ''}")
+    for note in report["notes"]:
+        print(f"note: {note}")
     print(f"{len(report['problems']) or 'no'} problem{'s' * (len(report['problems']) != 1)}")
 
 
