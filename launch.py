@@ -12,14 +12,17 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # else threads spin at OpenMP's barriers, on a busy machine for long
 try:
     import torch
     import torch.distributed as dist
+    from torch import nn
 except (KeyboardInterrupt, ModuleNotFoundError) as error:
     missing = isinstance(error, ModuleNotFoundError)
     print(f"{error}; bash run.sh installs what is needed" if missing else "interrupted", file=sys.stderr)
@@ -128,13 +131,34 @@ def gathered(share: list, world_size: int) -> list:
     return [item for each in shares for item in each]
 
 
+def works(call: Callable[[], object]) -> bool:
+    """Whether a device can do something, by trying: no error, and no warning as of falling back to the CPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            call()
+        except (RuntimeError, Warning):
+            return False
+    return True
+
+
 def memory_format(device: torch.device) -> torch.memory_format:
     """channels_last where the device has it, else contiguous (NPUs)."""
-    try:
-        torch.empty(1, 1, 1, 1, device=device, memory_format=torch.channels_last)
-    except RuntimeError:
-        return torch.contiguous_format
-    return torch.channels_last
+    try_it = partial(torch.empty, (1, 1, 1, 1), device=device, memory_format=torch.channels_last)
+    return torch.channels_last if works(try_it) else torch.contiguous_format
+
+
+def has_fused_sgd(device: torch.device) -> bool:
+    """Whether the device has a fused SGD of its own; NPUs run it on the CPU."""
+    parameter = nn.Parameter(torch.zeros(1, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    return works(lambda: torch.optim.SGD([parameter], fused=True).step())
+
+
+def syncs_batch_norm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether SyncBatchNorm takes this dtype; that of NPUs takes no bfloat16. All processes call this together."""
+    norm = nn.SyncBatchNorm(1).to(device)
+    return works(lambda: norm(torch.zeros(2, 1, 1, 1, device=device, dtype=dtype)))
 
 
 def name_of(device: torch.device) -> str:

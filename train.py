@@ -37,8 +37,10 @@ from launch import (  # isort: skip
     UsageError,
     available_cpus,
     exit_status,
+    has_fused_sgd,
     memory_format,
     start_processes,
+    syncs_batch_norm,
 )
 
 import numpy as np
@@ -284,10 +286,8 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     ids = {id(p) for p in decayed}
     others = [p for p in model.parameters() if id(p) not in ids]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    try:  # only the fused optimiser can skip a step without synchronising with the device
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, fused=True)
-    except RuntimeError:  # the device has no fused one
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM)
+    fused = has_fused_sgd(others[0].device)  # only that one can skip a step without synchronising with the device
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, fused=fused)
     for parameter in model.parameters():  # a skipped first step would leave them uninitialised
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -473,11 +473,14 @@ class Run:
         if world_size > 1:
             device_ids = None if device.type == "cpu" else [device.index]
             self.ddp = nn.parallel.DistributedDataParallel(self.model, device_ids, gradient_as_bucket_view=True)
+            self.ddp.broadcast_buffers = False  # synchronised already, or else broadcast before they are used
         self.average = MovingAverage(self.model, args.ema) if args.ema else None
         self.evaluated = self.average.model if self.average else self.model
         self.optimizer = make_optimizer(self.model, args.lr)
         if args.amp == "auto":
             precision = fast_precision(device)
+            if self.syncs_bn and not syncs_batch_norm(device, precision):
+                precision = torch.float16
             args.amp = next((name for name, dtype in AMP_DTYPES.items() if dtype == precision), "off")
         # In bf16 and float32 the scaler only skips steps; None where the scale follows the gradients.
         self.fixed_scale = 1.0 if args.amp != "fp16" else None if args.loss_scale == "dynamic" else args.loss_scale

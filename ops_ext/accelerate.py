@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import warnings
@@ -51,7 +52,9 @@ def accelerate(
     if precision not in (None, *PRECISIONS):
         raise ValueError(f"precision is {precision}, expected float32, bfloat16, float16 or None")
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    model = copy.deepcopy(model).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    model = copy.deepcopy(model).eval().requires_grad_(False).to(device)
+    with contextlib.suppress(RuntimeError):  # of a device that has no channels_last
+        model.to(memory_format=torch.channels_last)
     fold_batch_norm(model)
     device = next(model.parameters()).device  # "cuda" alone would mean another one once the current device changes
     mean, std = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)

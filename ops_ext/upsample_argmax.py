@@ -18,8 +18,8 @@ def upsample_argmax_reference(logits: Tensor, size: Sequence[int], align_corners
     """`upsample_argmax` in plain PyTorch."""
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()  # in half precision many scores would round to a tie
-    # In channels_last a pixel's scores lie side by side, where argmax is several times faster on the CPU.
-    logits = logits.contiguous(memory_format=torch.channels_last)
+    if logits.device.type == "cpu":  # argmax is several times faster where a pixel's scores lie side by side
+        logits = logits.contiguous(memory_format=torch.channels_last)
     scores = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=align_corners)
     return scores.argmax(1).to(torch.uint8)
 

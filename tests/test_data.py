@@ -383,9 +383,7 @@ def test_smoothed_colours_are_told_from_forgotten_classes(folder_dataset):
     picture.save(path)
     with pytest.raises(DataError, match="in 360 pixels is no class"):
         with_classes(folder_dataset, **colours).read(0)
-    Image.fromarray(np.arange(64, dtype=np.uint8)[None].repeat(48, 0)).save(
-        path
-    )  # 64 classes
+    Image.fromarray(np.arange(64, dtype=np.uint8)[None].repeat(48, 0)).save(path)  # 64 classes
     with pytest.raises(DataError, match="in 2928 pixels is no class"):
         with_classes(folder_dataset, names=["a", "b", "c"]).read(0)
 
