@@ -79,7 +79,7 @@ class Painter:
 
 def legend(classes: Classes, width: int, labels: Iterable[int]) -> Image.Image:
     """A table of the colours and names of some classes, `width` pixels wide."""
-    size = min(max(12, width // 40), 40)  # of the letters, in pixels
+    size = max(12, width // 40)  # of the letters, in pixels: readable where a large picture is shown small
     font, row = ImageFont.load_default(size), 2 * size
     shown = [index for index in labels if index < len(classes.names)]
     # Pillow's own font has little more than ASCII.
