@@ -482,7 +482,6 @@ class Augmentation:
     contrast: float = 0.0  # factor of the distance to medium grey, in [1 - contrast, 1 + contrast]
     saturation: float = 0.0  # factor of the distance to the pixel's grey, in [1 - saturation, 1 + saturation]
     hue: float = 0.0  # colours are rotated about the grey axis by an angle in [-hue, hue], in degrees
-    max_class_share: float = 1.0  # draw again, 10 times in all, if a class has more of the labelled pixels
     half_epochs: int = 0  # up to this epoch, counted from 1, crops and resize factors are half as large
     seed: int = 0  # seeds the generator, with the key of the sample
 
@@ -493,12 +492,9 @@ class Augmentation:
         """
         rng = np.random.default_rng((self.seed, *key))
         factor = 0.5 if self.half_epochs and key[0] <= self.half_epochs else 1.0
-        for _ in range(10):
-            scale = factor * rng.uniform(*self.scale_range)
-            sizes = zip(label.shape, self.crop_hw)
-            rows, columns = (draw_span(rng, n, max(1, round(n * scale)), round(crop * factor)) for n, crop in sizes)
-            if self.max_class_share >= 1 or largest_share(label, rows, columns) <= self.max_class_share:
-                break
+        scale = factor * rng.uniform(*self.scale_range)
+        sizes = zip(label.shape, self.crop_hw)
+        rows, columns = (draw_span(rng, n, max(1, round(n * scale)), round(crop * factor)) for n, crop in sizes)
         flip = self.flip and rng.random() < 0.5
         image = cut(image, rows, columns, Image.Resampling.BILINEAR, PADDING_RGB)
         label = cut(label, rows, columns, Image.Resampling.NEAREST, IGNORE)
@@ -538,12 +534,6 @@ def draw_span(rng: np.random.Generator, image_size: int, resized_size: int, crop
     reach = max(1, scale) + 1  # support of the filter
     needed = slice(max(0, int(visible[0] - reach)), min(image_size, int(visible[1] + reach) + 1))
     return Span(crop_size, first - start, last - first, visible, needed)
-
-
-def largest_share(label: np.ndarray, rows: Span, columns: Span) -> float:
-    """Share of the most frequent class in a crop's labelled pixels, from every eighth row and column."""
-    counts = np.bincount(label[rows.needed, columns.needed][::8, ::8].ravel(), minlength=IGNORE + 1)[:IGNORE]
-    return counts.max() / max(1, counts.sum())
 
 
 def cut(image: Image.Image | np.ndarray, rows: Span, columns: Span, resampling: int, padding) -> Image.Image:

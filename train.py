@@ -69,6 +69,7 @@ WARMUP_STEPS = 200  # at most a tenth of the run
 MOMENTUM = 0.9
 AUX_WEIGHT = 0.4  # of each auxiliary loss, section 4.1
 WEIGHT_DECAY = 4e-5
+SAVE_SECONDS = 600  # between checkpoints within an epoch
 MAX_SKIPPED = 25  # consecutive steps without finite gradients that end the run
 UNFINISHED = "unfinished_epoch.pth"  # mid-epoch checkpoint; those at the end of an epoch are {epoch}.pth
 STOPPED = 75  # exit status after a signal, once everything is saved: EX_TEMPFAIL, try again
@@ -83,7 +84,7 @@ SMALL = {
     "class_balance": 0.5, "ema": 0.99, "dropout": 0.0,
 }
 LARGE = {
-    "batch_size": 32, "base_lr": 0.045, "epochs": 1000, "scale_range": [0.5, 2.0], "max_class_share": 0.75,
+    "batch_size": 32, "base_lr": 0.045, "epochs": 1000, "scale_range": [0.5, 2.0],
     "ema": 0.999, "colour_jitter": [0.125, 0.5, 0.5, 0.05],
 }
 CAMVID_CROP = {"crop_size": [360, 480]}
@@ -131,8 +132,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="random resize factor before the crop; narrow it for short runs (default: 0.5 2)")
     add("--colour-jitter", type=share, nargs=4, default=[0.3, 0.0, 0.0, 0.0], metavar=("B", "C", "S", "H"),
         help="random brightness, contrast, saturation and hue, ranges as of ColorJitter (default: 0.3 0 0 0)")
-    add("--max-class-share", type=number(float, 0.01, 1), default=1.0, metavar="SHARE",
-        help="redraw a crop of which one class covers more than this, at most 9 times (default: %(default)s)")
     add("--half-resolution", type=share, default=0.0, metavar="SHARE",
         help="train this share of the epochs, the first ones, at half resolution (default: %(default)s)")
     add("--workers", type=number(int, 0), default=min(4, available_cpus()), metavar="N",
@@ -169,7 +168,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--out", default="runs", metavar="DIR", help="folder of checkpoints and logs (default: %(default)s)")
     add("--resume", metavar="{auto,PATH}", help="continue from the newest checkpoint of --out, or from PATH")
     add("--keep", type=count, default=3, metavar="N", help="checkpoints kept, beside the best (default: %(default)s)")
-    add("--save-minutes", type=number(float, 0), default=10, metavar="N", help="also save this often (default: 10)")
     add("--val-every", type=count, default=10, metavar="N",
         help="epochs between validations, each with a checkpoint (default: %(default)s)")
     add("--log-every", type=count, default=20, metavar="N", help="steps between log lines (default: %(default)s)")
@@ -392,8 +390,8 @@ class Signals:
 
     CONTINUE, SAVE, STOP = range(3)
 
-    def __init__(self, rank: int, world_size: int, save_minutes: float):
-        self.rank, self.save_s = rank, 60 * save_minutes
+    def __init__(self, rank: int, world_size: int):
+        self.rank = rank
         self.group = dist.new_group(backend="gloo") if world_size > 1 else None  # on the host, without the device
         self.received: str | None = None  # name of the signal
         self.received_at = self.saved_at = time.monotonic()
@@ -425,7 +423,7 @@ class Signals:
         """What this process asks for."""
         if self.received:
             return self.STOP
-        if self.save_s and self.rank == 0 and time.monotonic() - self.saved_at > self.save_s:
+        if self.rank == 0 and time.monotonic() - self.saved_at >= SAVE_SECONDS:
             self.saved_at = time.monotonic()
             return self.SAVE
         return self.CONTINUE
@@ -514,7 +512,6 @@ def open_datasets(args: argparse.Namespace) -> tuple[SegmentationDataset, Segmen
         contrast=contrast,
         saturation=saturation,
         hue=360 * hue,  # degrees
-        max_class_share=args.max_class_share,
         half_epochs=round(args.half_resolution * args.epochs),
         seed=args.seed,
     )
@@ -844,7 +841,7 @@ def main(argv: list[str] | None = None) -> int:
     for note in [*run.description(), *resume_notes]:
         log.line(note)
     epochs_done, first = resume(run, path, checkpoint, log) if checkpoint else (0, 0)
-    signals = Signals(rank, world_size, args.save_minutes)
+    signals = Signals(rank, world_size)
     try:
         if checkpoint and not checkpoint["validated"]:
             finish_epoch(run, epochs_done, log, signals)

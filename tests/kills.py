@@ -38,8 +38,8 @@ RUN += " --device cpu --keep 1"  # which older epochs have a file is chance
 def command(root: Path, out: Path, *more: str, launcher: str = "") -> list[str]:
     """A short training on drawn scenes, 3 steps an epoch, each with a checkpoint; `launcher`: torchrun's flags."""
     torchrun = ["-m", "torch.distributed.run", *launcher.split()] if launcher else []
-    flags = ["--data", str(root), "--out", str(out), "--save-minutes", "1e-6", *RUN.split(), *more]
-    return [sys.executable, *torchrun, str(ROOT / "train.py"), *flags]
+    flags = ["--data", str(root), "--out", str(out), *RUN.split(), *more]
+    return [sys.executable, *torchrun, str(ROOT / "tests/kills_train.py"), *flags]
 
 
 def start(argv: list[str], **options) -> subprocess.Popen:

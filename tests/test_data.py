@@ -860,25 +860,6 @@ def test_contrast_saturation_and_hue_by_their_definitions():
                for c in colours_of((120, 80, 100), range(400), hue=125))  # fmt: skip
 
 
-def test_a_crop_that_one_class_fills_is_drawn_again():
-    # Left two thirds class 1, the rest class 2: crops of a quarter of the width mostly show one class alone.
-    label = np.full((64, 384), 1, np.uint8)
-    label[:, 256:] = 2
-    label[:, :8] = IGNORE
-    image = Image.new("RGB", (384, 64))
-
-    def shares(limit):
-        augment = Augmentation((64, 96), (1, 1), max_class_share=limit)
-        crops = [np.array(augment(image, label, (1, p))[1]) for p in range(200)]
-        return np.array(
-            [np.bincount(crop[crop != IGNORE], minlength=3).max() / (crop != IGNORE).sum() for crop in crops]
-        )
-
-    free, limited = shares(1.0), shares(0.75)
-    assert (free == 1).mean() > 0.6
-    assert (limited > 0.85).mean() < 0.2  # one of ten draws nearly always shows both; every eighth pixel is that coarse
-
-
 def test_the_first_epochs_are_at_half_the_resolution():
     image = Image.fromarray(np.broadcast_to(np.arange(128, dtype=np.uint8)[None, :, None] * 2, (64, 128, 3)).copy())
     label = np.ones((64, 128), np.uint8)

@@ -23,7 +23,7 @@ from model import read_checkpoint
 from test_train import flags, losses, records, refused, run, train_status
 
 EVERYTHING = {
-    "epochs": 3, "val_every": 3, "ema": 0.9, "ohem": 0.7, "class_balance": 0.5, "max_class_share": 0.5, "dropout": 0.3,
+    "epochs": 3, "val_every": 3, "ema": 0.9, "ohem": 0.7, "class_balance": 0.5, "dropout": 0.3,
     "half_resolution": 0.5, "colour_jitter": (0.3, 0.3, 0.3, 0.05),
 }  # fmt: skip
 
@@ -199,7 +199,8 @@ def test_checkpoints_by_the_clock_leave_the_newest(drawn, tmp_path, monkeypatch)
         seen.append([path.stem for path in train.saved_checkpoints(tmp_path / "r/checkpoints")])
 
     monkeypatch.setattr(train, "save_training", watched)
-    assert run(drawn, tmp_path / "r", epochs=3, save_minutes=1e-6, keep=2, val_every=5) == 0
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    assert run(drawn, tmp_path / "r", epochs=3, keep=2, val_every=5) == 0
     unfinished = "unfinished_epoch"
     assert seen[:3] == [[unfinished], [unfinished], ["1"]]
     assert seen[3:6] == [["1", unfinished], ["1", unfinished], ["1", "2"]]

@@ -45,7 +45,6 @@ ELEMENTS = {
     "batch 8": "--batch-size 8 --base-lr 0.0675",
     "colour": "--colour-jitter 0.4 0.4 0.4 0.05",
     "strong colour": "--colour-jitter 0.6 0.6 0.6 0.1",
-    "class share 0.5": "--max-class-share 0.5",
     "no dropout": "--dropout 0",
     "scale 0.5 to 2": "--scale-range 0.5 2",
     "half resolution first": "--half-resolution 0.5",
