@@ -497,6 +497,10 @@ class Run:
             f"{len(self.train_set)} images to train, {len(self.val_set)} to validate, {shared} of them in both  "
             f"{self.steps_per_epoch} steps x {args.epochs} epochs  {', '.join(ends)}",
         ]
+        shown = math.prod(args.crop_size) / (args.scale**2 * math.prod(self.image_hw))
+        if shown < 0.2:
+            scale = math.sqrt(math.prod(args.crop_size) / math.prod(self.image_hw))
+            lines.append(f"a crop shows {shown:.0%} of an image; with --scale {scale:.2g} nearly all of it")
         if self.world_size > 1 and not self.syncs_bn:
             lines.append(f"no SyncBatchNorm: each process normalises over its own {share} images")
         return [*lines, *self.notes]

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, last_json, run_script
 from data import normalise
 from launch import UsageError, exit_status
-from model import VARIANTS, FastSCNN, load_weights, save_for_peer
+from model import VARIANTS, FastSCNN, load_weights, read_checkpoint, save_for_peer
 from tools import export
 
 SIZES = ((2, 97, 131), (1, 64, 96), (3, 161, 72))  # none of them the size of the example that is traced
@@ -131,13 +131,26 @@ def test_weights_for_another_project_and_back(tmp_path, capsys):
         assert written.keys() == expected.keys() and all(torch.equal(written[key], expected[key]) for key in expected)
 
 
+def test_weights_for_inference_are_small_and_predict_the_same(tmp_path):
+    torch.manual_seed(0)
+    model = FastSCNN(5, aux=True)
+    fields = {"classes": {"names": list("abcde")}, "image_hw": [96, 192], "scale": 1.5, "epoch": 7}
+    torch.save({"model": model.state_dict(), "model_args": model.args, **fields, "optimizer": {}}, tmp_path / "own.pth")
+    export.main(["--weights", str(tmp_path / "own.pth"), str(tmp_path / "small.pth")])
+    assert (tmp_path / "small.pth").stat().st_size < 0.5 * (tmp_path / "own.pth").stat().st_size
+    small = read_checkpoint(tmp_path / "small.pth")
+    assert fields.items() <= small.items() and "optimizer" not in small
+    x = torch.randn(1, 3, 64, 96)
+    torch.testing.assert_close(load_weights(tmp_path / "small.pth")(x), model.eval()(x), rtol=0.01, atol=0.01)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["model.tflite"], "has the suffix '.tflite', expected .onnx, .pt2, or .pth with --as"),
-        (["model.pth"], "has the suffix '.pth', expected .onnx, .pt2, or .pth with --as"),
-        (["m.pth", "--as", "mmseg", "--output", "logits"], "--as writes only weights: leave out --output"),
-        (["model.onnx", "--as", "mmseg"], "has the suffix '.onnx', expected .onnx, .pt2, or .pth with --as"),
+        (["model.tflite"], "has the suffix '.tflite', expected .onnx, .pt2 or .pth"),
+        (["m.pth", "--as", "mmseg", "--output", "logits"], "a .pth file holds only weights: leave out --output"),
+        (["m.pth", "--size", "64", "96"], "a .pth file holds only weights: leave out --output"),
+        (["model.onnx", "--as", "mmseg"], "has the suffix '.onnx', expected .onnx, .pt2 or .pth; --as: .pth"),
     ],
 )
 def test_wrong_flags_are_named(flags, message):

@@ -110,6 +110,17 @@ def test_the_scale_of_the_images_holds_in_training_and_validation_and_is_stored(
     assert result["scales"] == [1.5] and result["miou"] == logged["miou"]
 
 
+def test_crops_that_show_little_of_large_photos_are_said(folder_dataset, tmp_path, capsys):
+    for kind in ("images", "labels"):
+        for path in folder_dataset.glob(f"{kind}/train/*.png"):
+            Image.open(path).resize((640, 480), Image.Resampling.NEAREST).save(path)
+    options = {"dataset": "folder", "crop_size": (48, 64), "batch_size": 2, "epochs": 1}
+    assert run(folder_dataset, tmp_path / "large", **options) == 0
+    assert "a crop shows 1% of an image; with --scale 0.1 nearly all of it" in capsys.readouterr().out
+    assert run(folder_dataset, tmp_path / "small", **options, scale=0.1) == 0
+    assert "a crop shows" not in capsys.readouterr().out
+
+
 def test_the_loader_for_validation_is_made_once(drawn, tmp_path, monkeypatch):
     made = []
     loader = evaluation.DataLoader

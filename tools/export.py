@@ -2,6 +2,7 @@
 
     python tools/export.py --weights best_model.pth model.onnx         # needs pip install onnx onnxscript
     python tools/export.py --weights best_model.pth model.pt2          # torch.export.load("model.pt2").module()
+    python tools/export.py --weights best_model.pth small.pth          # float16 weights, without auxiliary heads
     python tools/export.py --weights best_model.pth theirs.pth --as mmseg    # a network of --variant mmseg
 
 An exported network takes RGB images, (N, H, W, 3) uint8 of any N and any H, W from 33 pixels, or, with --input
@@ -62,11 +63,19 @@ def exported_program(network: Deployed, size: Sequence[int] | None = None) -> to
     return torch.export.export(network, (images,), dynamic_shapes={"images": dynamic})
 
 
+def save_for_inference(checkpoint: dict, path: Path) -> None:
+    """The checkpoint without auxiliary heads and what resuming needs, in float16, which all scripts read."""
+    weights = {name: value for name, value in checkpoint["model"].items() if not name.startswith("aux_")}
+    weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    kept = {name: checkpoint[name] for name in ("classes", "image_hw", "scale", "epoch") if name in checkpoint}
+    torch.save({"model": weights, "model_args": {**checkpoint["model_args"], "aux": False}, **kept}, path)
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("file", type=Path, help="the file to write: .onnx, .pt2 (torch.export), or .pth with --as")
+    add("file", type=Path, help="the file to write: .onnx, .pt2 (torch.export), or .pth (float16 weights)")
     add("--weights", required=True, metavar="FILE", help="checkpoint of train.py or of another project")
     add("--output", choices=("labels", "logits"), default="labels", help="of an exported network (default: labels)")
     add("--input", choices=("uint8", "normalised"), default="uint8", help="of an exported network (default: uint8)")
@@ -79,10 +88,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Exports as the command line says."""
     args = get_args_parser().parse_args(argv)
-    if args.file.suffix not in ((".pth",) if args.variant else (".onnx", ".pt2")):
-        raise UsageError(f"{args.file} has the suffix {args.file.suffix!r}, expected .onnx, .pt2, or .pth with --as")
-    if args.variant and (args.output, args.input, args.size) != ("labels", "uint8", None):
-        raise UsageError("--as writes only weights: leave out --output, --input and --size")
+    if args.file.suffix not in ((".pth",) if args.variant else (".onnx", ".pt2", ".pth")):
+        raise UsageError(f"{args.file} has the suffix {args.file.suffix!r}, expected .onnx, .pt2 or .pth; --as: .pth")
+    if args.file.suffix == ".pth" and (args.output, args.input, args.size) != ("labels", "uint8", None):
+        raise UsageError("a .pth file holds only weights: leave out --output, --input and --size")
     if args.file.suffix == ".onnx":
         import onnxscript  # noqa: F401 - rather now than after the work
     checkpoint = read_checkpoint(args.weights)
@@ -93,6 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.variant != result["variant"]:
             raise UsageError(f"{args.weights} is of variant {result['variant']}; train with --variant {args.variant}")
         save_for_peer(model, args.file, args.variant)
+    elif args.file.suffix == ".pth":
+        save_for_inference(checkpoint, args.file)
     else:
         network = Deployed(model, args.output, args.input == "normalised").eval()
         program = exported_program(network, args.size)
