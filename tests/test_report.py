@@ -207,9 +207,8 @@ def test_names_from_users_are_text_and_the_page_needs_no_other_file(folder_datas
             (folder_dataset / kind / "val" / f"{i}.png").rename(folder_dataset / kind / "val" / f"<b>'{i}'&lt;.png")
     root = folder_dataset.rename(tmp_path / "<u>data")
     weights = tmp_path / "<i>w.pth"
-    save_network(
-        weights, open_dataset("folder", root, "val").classes, args={"data": "</dl><script>", "epochs": 1, "<b>": 1}
-    )
+    args = {"data": "</dl><script>", "epochs": 1, "<b>": 1}
+    save_network(weights, open_dataset("folder", root, "val").classes, args=args, scale=0.8)
     flags = ["--weights", str(weights), "--data", str(root), "--device", "cpu", "--workers", "0"]
     report.main([*flags, "--out", str(tmp_path / "r.html")])
     text = (tmp_path / "r.html").read_text(encoding="utf-8")

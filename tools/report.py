@@ -64,10 +64,10 @@ img { display: block; width: 100%; border-radius: 3px }
 .key b { display: block; color: var(--ink); font-size: 1.9rem; line-height: 1.25 }
 svg { display: block; width: 100%; margin-top: 1rem; font-size: 12px; fill: var(--muted) }
 svg line { stroke: var(--line) }
-svg path { fill: none; stroke: var(--blue); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
+svg path { fill: none; stroke: var(--blue); stroke-width: 3; stroke-linejoin: round; stroke-linecap: round }
 .blue { --hue: var(--blue) }
 .orange { --hue: var(--orange) }
-th i { display: inline-block; width: .75em; height: .75em; margin-right: .5em; background: currentColor }
+th i { display: inline-block; width: .75em; height: .75em; margin-right: .5em; outline: 1px solid var(--line) }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; overflow-wrap: normal }
 th { font-weight: 400; white-space: nowrap }
@@ -276,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     facts = {
         "weights": args.weights + (f", epoch {checkpoint['epoch']}" if "epoch" in checkpoint else ""),
         "data": f"{args.data}, {args.dataset} {args.split}, {len(dataset)} images",
-        "device": f"{name_of(device)}, {segment.precision}",
+        "device": f"{name_of(device)}, precision {args.amp}",
     }
     facts |= {"scales": args.scales, "flip": args.flip, "window": args.window}
     defaults = vars(train.get_args_parser().parse_args([]))
