@@ -250,6 +250,15 @@ def test_images_are_seen_at_the_scale_of_the_training_unless_the_flags_say_other
     assert last_json(output)["scales"] == [1.0] and "images seen" not in output
 
 
+def test_the_table_of_shifts_begins_with_what_eval_says(drawn, tmp_path, capsys):
+    weights = save_network(tmp_path / "w.pth", 19, CITYSCAPES, scale=0.75)
+    assert status_of("--weights", weights, "--data", drawn) == 0
+    miou = last_json(capsys.readouterr().out)["miou"]
+    done = run_script("tests/benchmarks/shifts.py", "--dataset", "cityscapes", "--data", drawn, weights)
+    cells = done.stdout.splitlines()[-1].split(" | ")
+    assert cells[1] == f"{miou:.4f}" and len(cells) == 7, done.stderr
+
+
 @pytest.mark.parametrize("context", ["spawn", "forkserver"])
 def test_workers_may_be_started_in_any_way(drawn, context, monkeypatch):
     dataset = open_dataset("cityscapes", drawn, "val")
