@@ -373,7 +373,7 @@ def test_a_picture_of_another_size_is_seen_at_that_of_the_training_images(tmp_pa
     flags = ["--weights", str(WEIGHTS), "--device", "cpu", "--style", "labels", "--out", str(tmp_path)]
     paths = [str(tmp_path / f"{name}.png") for name in ("small", "large")]
     assert exit_status(lambda: tools.predict.main([*paths, *flags]), (DataError, CheckpointError)) == 0
-    assert "the network saw them at 360x480 pixels" in capsys.readouterr().out
+    assert "the network saw them at 540x720 pixels" in capsys.readouterr().out
     labels = {name: Image.open(tmp_path / f"{name}.png_labels.png") for name in ("small", "large")}
     assert labels["large"].size == (1920, 1440)
     shrunk = np.array(labels["large"].resize((480, 360), Image.Resampling.NEAREST))
@@ -394,7 +394,7 @@ def test_a_photo_of_12_megapixels_upright_or_not(tmp_path, monkeypatch, segment)
         Image.new("RGB", (width, height), (90, 120, 150)).save(tmp_path / "photo.jpg")
         assert tools.predict.main([str(tmp_path / "photo.jpg"), *flags]) == 0
         assert Image.open(tmp_path / "photo.jpg_labels.png").size == (width, height)
-    assert seen == [(360, 480), (480, 360)]
+    assert seen == [(540, 720), (720, 540)]
 
 
 def test_pictures_larger_than_pillows_limit_are_read(tmp_path, monkeypatch):
