@@ -397,6 +397,19 @@ def test_a_photo_of_12_megapixels_upright_or_not(tmp_path, monkeypatch, segment)
     assert seen == [(540, 720), (720, 540)]
 
 
+def test_processes_wait_a_day_for_the_one_with_the_long_video(tmp_path, monkeypatch):
+    waits = []
+
+    def start(device, timeout_minutes):
+        waits.append(timeout_minutes)
+        return torch.device("cpu"), 0, 1
+
+    monkeypatch.setattr(tools.predict, "start_processes", start)
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    assert tools.predict.main([str(tmp_path / "a.png"), "--weights", str(WEIGHTS), "--out", str(tmp_path)]) == 0
+    assert waits == [24 * 60]
+
+
 def test_pictures_larger_than_pillows_limit_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # beyond twice of which Pillow refuses
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")

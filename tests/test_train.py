@@ -110,6 +110,13 @@ def test_the_scale_of_the_images_holds_in_training_and_validation_and_is_stored(
     assert result["scales"] == [1.5] and result["miou"] == logged["miou"]
 
 
+def test_wrong_labels_of_val_are_found_before_the_first_step(folder_dataset, tmp_path, capsys):
+    Image.new("L", (64, 48), 77).save(folder_dataset / "labels/val/1.png")
+    assert run(folder_dataset, tmp_path, dataset="folder", crop_size=(32, 48), batch_size=2, val_every=9) == 2
+    assert "labels/val/1.png: label value 77" in capsys.readouterr().err
+    assert not list(tmp_path.glob("logs/metrics.jsonl")) or not records(tmp_path, "train")
+
+
 def test_crops_that_show_little_of_large_photos_are_said(folder_dataset, tmp_path, capsys):
     for kind in ("images", "labels"):
         for path in folder_dataset.glob(f"{kind}/train/*.png"):
