@@ -222,9 +222,9 @@ def find_samples(name: str, root: Path, split: str, labelled: bool = True) -> tu
         problems.append(f"{images[stem]}: no file of this name in {root / label_dir}; {remedy}")
     problems += [f"{labels[s]}: no file of this name in {root / image_dir}; add it, or remove this" for s in unpaired]
     samples = [Sample(images[stem], labels.get(stem)) for stem in stems if stem in labels or not labelled]
-    if name == "cityscapes" and ids == "labelIds" and labelled:
-        maps = [s.label.with_name(s.label.name.replace("_labelIds", "_instanceIds")) for s in samples]
-        samples = [s._replace(instances=path) if path.is_file() else s for s, path in zip(samples, maps)]
+    if name == "cityscapes" and ids == "labelIds":
+        maps = [s.label and s.label.with_name(s.label.name.replace("_labelIds", "_instanceIds")) for s in samples]
+        samples = [s._replace(instances=path) if path and path.is_file() else s for s, path in zip(samples, maps)]
     return samples, problems
 
 
@@ -260,7 +260,7 @@ def read_classes(name: str, root: Path) -> tuple[Classes, bytes]:
         return CITYSCAPES, label_table(values, {*range(34), 255} - {*values})  # 255: label id -1, license plate
     if name == "camvid":
         return CAMVID, label_table(range(11), ignored=[11])  # 11 is unlabelled
-    path, example = root / "classes.json", 'write e.g. {"names": ["background", "road"], "values": [0, 255]}'
+    path, example = root / "classes.json", 'write e.g. {"names": ["background", "road", "car"]}'
     try:
         return _parse_classes(json.loads(path.read_text("utf-8-sig")))
     except (AttributeError, OSError, TypeError, ValueError) as error:  # JSON of other types, too

@@ -40,7 +40,10 @@ class UsageError(ValueError):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse that reports a wrong command line in one line."""
+    """argparse that reports a wrong command line in one line, and takes no abbreviated flags."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str):
         raise UsageError(f"{message}; --help lists all flags")

@@ -500,7 +500,7 @@ class Run:
         shown = math.prod(args.crop_size) / (args.scale**2 * math.prod(self.image_hw))
         if shown < 0.2:
             scale = math.sqrt(math.prod(args.crop_size) / math.prod(self.image_hw))
-            lines.append(f"a crop shows {shown:.0%} of an image; with --scale {scale:.2g} nearly all of it")
+            lines.append(f"a crop shows {shown:.0%} of an image: add --scale {scale:.2g} to see nearly all of it")
         if self.world_size > 1 and not self.syncs_bn:
             lines.append(f"no SyncBatchNorm: each process normalises over its own {share} images")
         return [*lines, *self.notes]

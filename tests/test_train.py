@@ -123,7 +123,7 @@ def test_crops_that_show_little_of_large_photos_are_said(folder_dataset, tmp_pat
             Image.open(path).resize((640, 480), Image.Resampling.NEAREST).save(path)
     options = {"dataset": "folder", "crop_size": (48, 64), "batch_size": 2, "epochs": 1}
     assert run(folder_dataset, tmp_path / "large", **options) == 0
-    assert "a crop shows 1% of an image; with --scale 0.1 nearly all of it" in capsys.readouterr().out
+    assert "a crop shows 1% of an image: add --scale 0.1 to see nearly all of it" in capsys.readouterr().out
     assert run(folder_dataset, tmp_path / "small", **options, scale=0.1) == 0
     assert "a crop shows" not in capsys.readouterr().out
 

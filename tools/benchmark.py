@@ -187,7 +187,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Times what the command line says."""
-    first = OneLineParser(add_help=False, allow_abbrev=False)
+    first = OneLineParser(add_help=False)
     first.add_argument("--train", type=int)
     chosen, flags = first.parse_known_args(argv)
     if chosen.train is not None:
