@@ -213,12 +213,13 @@ def find_samples(name: str, root: Path, split: str, labelled: bool = True) -> tu
             f"{root / image_dir / wanted}: no images; check the folder, --dataset and the name of the split"
         )
     problems, unpaired = [], [stem for stem in labels if stem not in images]
-    for stem in [stem for stem in images if labelled and stem not in labels]:
+    for stem in [stem for stem in stems if labelled and stem not in labels]:
         remedy = "add it, or remove this one"
         twin = min((other for other in unpaired if other.startswith(stem)), key=len, default=None)
         if twin:
+            unpaired.remove(twin)
             folder, end, suffix = labels[twin].parent, labels[twin].name[len(Path(stem).name) :], labels[twin].suffix
-            remedy = f'to rename all: cd "{folder}"; for f in *{end}; do mv "$f" "${{f%{end}}}{suffix}"; done'
+            remedy = f'to rename all: cd "{folder}"; for f in *{end}; do mv -n "$f" "${{f%{end}}}{suffix}"; done'
         problems.append(f"{images[stem]}: no file of this name in {root / label_dir}; {remedy}")
     problems += [f"{labels[s]}: no file of this name in {root / image_dir}; add it, or remove this" for s in unpaired]
     samples = [Sample(images[stem], labels.get(stem)) for stem in stems if stem in labels or not labelled]
@@ -250,7 +251,7 @@ def read_classes(name: str, root: Path) -> tuple[Classes, bytes]:
     if name not in _LAYOUTS:
         raise DataError(f"dataset {name!r} is unknown, expected one of {', '.join(_LAYOUTS)}")
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder, expected that of the {name} dataset; README.md describes its layout")
+        raise DataError(f"{root}: no such folder, give that of the {name} dataset (--data); README.md says its layout")
     markers = {"cityscapes": "leftImg8bit", "camvid": "trainannot", "folder": "classes.json"}
     present = [dataset for dataset, mark in markers.items() if (root / mark).exists()]
     if present and name not in present:

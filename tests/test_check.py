@@ -79,6 +79,14 @@ def test_pictures_in_one_folder_are_checked_as_two_splits(folder_dataset):
     assert [report["splits"][split]["images"] for split in ("train", "val")] == [2, 1] and report["problems"] == []
 
 
+def test_masks_under_another_name_are_one_line_without_an_empty_table(folder_dataset, capsys):
+    for path in folder_dataset.glob("labels/*/*.png"):
+        path.rename(path.with_name(f"{path.stem}_mask.png"))
+    assert main([str(folder_dataset)]) == 2
+    lines = capsys.readouterr().out.splitlines()[:-1]
+    assert len(lines) == 2 and "to rename all: " in lines[0] and lines[1] == "4 problems", lines
+
+
 def test_the_table_shows_what_each_value_means(folder_dataset, capsys):
     fields = {"names": ["ends", "middle"], "values": [[0, 2], 1]}
     (folder_dataset / "classes.json").write_text(json.dumps(fields))

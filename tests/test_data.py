@@ -317,7 +317,7 @@ def test_labels_of_another_name_are_found_and_the_line_renames_them(folder_datas
         ) as caught:
             open_dataset("folder", folder_dataset, "train")
         if old == "{}_L.png":
-            line = str(caught.value).partition("to rename all: ")[2].removesuffix(" (and 3 more)")
+            line = str(caught.value).partition("to rename all: ")[2].removesuffix(" (and 1 more)")
             subprocess.run(["bash", "-c", line], check=True)
     assert len(open_dataset("folder", folder_dataset, "train")) == 2
 

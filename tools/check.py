@@ -50,7 +50,7 @@ def check(name: str, root: Path) -> dict:
         except DataError as error:
             samples, unpaired = [], [str(error)]
         if not samples:
-            report["problems"] += unpaired[:1] if split != "test" else []  # which may lack labels, or not exist
+            report["problems"] += unpaired if split != "test" else []  # which may lack labels, or not exist
             continue
         dataset = SegmentationDataset(samples, classes, table)
         report["splits"][split], pixels, problems, digests, thumbnails[split] = check_split(dataset)
@@ -139,11 +139,13 @@ def print_report(report: dict) -> None:
     for split, content in splits.items():
         sizes = ", ".join(f"{count} of {size}" for size, count in list(content["sizes"].items())[:5])
         print(f"{split}: {content['images']} images with label maps: {sizes}{', ...' * (len(content['sizes']) > 5)}")
-    print(f"{'value':<16}{'name':<24}" + "".join(f"{split:>12}" for split in splits) + "  (share of labelled pixels)")
-    for name, values in report["values"].items():
-        shares = (f"{content['classes'][name]:12.3%}" for content in splits.values())
-        print(f"{str(values)[1:-1]:<15.15} {name:<24}" + "".join(shares))
-    print(f"{'unlabelled, of all pixels':<40}" + "".join(f"{each['unlabelled']:12.3%}" for each in splits.values()))
+    if splits:
+        columns = "".join(f"{split:>12}" for split in splits)
+        print(f"{'value':<16}{'name':<24}{columns}  (share of labelled pixels)")
+        for name, values in report["values"].items():
+            shares = (f"{content['classes'][name]:12.3%}" for content in splits.values())
+            print(f"{str(values)[1:-1]:<15.15} {name:<24}" + "".join(shares))
+        print(f"{'unlabelled, of all pixels':<40}" + "".join(f"{each['unlabelled']:12.3%}" for each in splits.values()))
     kinds: dict[str, list[str]] = {}
     for problem in report["problems"]:
         kind = re.sub(r"\S*/\S*|\d+ values on \S+|in \d+ pixels", "", problem.partition(": ")[2])

@@ -376,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
 
     failed = len(images) + len(videos) - len(written) - len(frames)
     if rank == 0:
-        if written and args.style == "labels":
+        if written and args.style == "labels" and not (args.out / "classes.json").exists():  # a data set's own
             (args.out / "classes.json").write_text(json.dumps({"names": classes.names, "colours": classes.colours}))
         scale = "{}x{} pixels, as it was trained on".format(*image_hw) if image_hw else "their own size"
         wrote = f"wrote {len(written)} images and {len(frames)} videos to {args.out}; the network saw them at {scale}"
