@@ -471,7 +471,7 @@ class Run:
         if world_size > 1:
             device_ids = None if device.type == "cpu" else [device.index]
             self.ddp = nn.parallel.DistributedDataParallel(self.model, device_ids, gradient_as_bucket_view=True)
-            self.ddp.broadcast_buffers = False  # synchronised already, or else broadcast before they are used
+            self.ddp.broadcast_buffers = False  # equal with SyncBatchNorm; else `validate` broadcasts them
         self.average = MovingAverage(self.model, args.ema) if args.ema else None
         self.evaluated = self.average.model if self.average else self.model
         self.optimizer = make_optimizer(self.model, args.lr)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch import available_cpus, OneLineParser, exit_status  # isort: skip
+from launch import OneLineParser, available_cpus, exit_status  # isort: skip
 
 import numpy as np
 from PIL import Image
